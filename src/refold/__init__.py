@@ -1,1 +1,86 @@
-"""placeholder"""
+"""refold: train a tiny adapter on a pretrained vision backbone, then fold it into the backbone's own weights.
+
+    model = timm.create_model("vit_base_patch16_224", pretrained=True, num_classes=37)
+    refold.attach(model, refold.RepAdapter(rank=8))
+    ...  # train as usual
+    refold.merge(model)  # the original architecture, nothing added
+
+Importing refold needs torch alone; ``train``, ``predict`` and everything that needs more is imported on use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from refold.attachment import (
+    activate,
+    attach,
+    describe,
+    detach,
+    disabled,
+    param_groups,
+    trainable_parameters,
+)
+from refold.errors import (
+    BackboneError,
+    DataError,
+    MergeError,
+    MissingExtraError,
+    RefoldError,
+    SiteError,
+    StoreError,
+)
+from refold.inspection import explain
+from refold.merging import merge, switch, unmerge
+from refold.methods import METHODS, BitFit, FullFineTune, LinearProbe, LoRA, Method, RepAdapter
+from refold.preprocessing import Preprocessing
+from refold.store import from_pretrained, load, save
+
+if TYPE_CHECKING:
+    from refold.training import predict, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "BackboneError",
+    "BitFit",
+    "DataError",
+    "FullFineTune",
+    "LinearProbe",
+    "LoRA",
+    "MergeError",
+    "Method",
+    "MissingExtraError",
+    "Preprocessing",
+    "RefoldError",
+    "RepAdapter",
+    "SiteError",
+    "StoreError",
+    "__version__",
+    "activate",
+    "attach",
+    "describe",
+    "detach",
+    "disabled",
+    "explain",
+    "from_pretrained",
+    "load",
+    "merge",
+    "param_groups",
+    "predict",
+    "save",
+    "switch",
+    "train",
+    "trainable_parameters",
+    "unmerge",
+]
+
+_LAZY = {"train": "refold.training", "predict": "refold.training"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'refold' has no attribute {name!r}")

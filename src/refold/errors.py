@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["BackboneError", "DataError", "MergeError", "MissingExtraError", "RefoldError", "SiteError", "StoreError"]
+__all__ = [
+    "BackboneError",
+    "DataError",
+    "MergeError",
+    "MissingExtraError",
+    "RefoldError",
+    "SiteError",
+    "StoreError",
+]
 
 
 class RefoldError(Exception):

@@ -1,0 +1,67 @@
+"""What an adapter is: a small module that knows channels and weights, never layer types."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from refold.maps import ChannelMap
+
+__all__ = ["Adapter", "ChannelAdapter", "WeightAdapter", "autocast_input"]
+
+
+class Adapter(nn.Module):
+    """Base of all adapters. Identity at initialisation, or its paper's published start."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # type: ignore[override]
+        # A plain checkpoint of the backbone must load strictly while adapters are attached: an adapter of which
+        # the file says nothing keeps its values. One that is there in part is still reported as missing.
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ChannelAdapter(Adapter, ABC):
+    """Before a layer: ``x -> M x + c`` along one dimension."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, *, with_shift: bool = True) -> Tensor:
+        """The mapped activation, same shape as ``x``; without c if ``with_shift`` is False."""
+
+    @abstractmethod
+    def shift(self) -> Tensor | None:
+        """c as (d,), differentiable; None if the map has none."""
+
+    @abstractmethod
+    def channel_map(self) -> ChannelMap:
+        """The map at evaluation, in float64."""
+
+
+class WeightAdapter(Adapter, ABC):
+    """On a layer's weight: ``(W, b) -> (W', b')``, and a cheaper equal path over activations where there is one."""
+
+    @abstractmethod
+    def reparameterize(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight and bias in the dtype of ``weight``; differentiable, no dropout."""
+
+    @abstractmethod
+    def branch(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What the adapter adds to the layer's output for the input ``x``.
+
+        Args:
+            run: the layer's own geometry with another weight and no bias, ``run(x, weight)``.
+        """
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """``x`` in the dtype autocast would compute in.
+
+    Cast once here, because the adapter's two products and the frozen layer behind it would each cast it again.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

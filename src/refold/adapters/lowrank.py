@@ -1,0 +1,57 @@
+"""LoRA's map of a weight: ``W + scale * Up Down``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refold.adapters.base import WeightAdapter, autocast_input
+
+__all__ = ["LowRank"]
+
+
+class LowRank(WeightAdapter):
+    """A low-rank addition to a weight of shape (out, in, *kernel).
+
+    ``down`` is (rank, in, *kernel), Kaiming-uniform with a = sqrt(5); ``up`` is (out, rank), zero. For a
+    convolution ``down`` keeps the layer's kernel and geometry and ``up`` is pointwise.
+    """
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        rank: int,
+        scale: float,
+        dropout: float,
+        *,
+        channel_dim: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rank, self.scale, self.dropout, self.channel_dim = rank, scale, dropout, channel_dim
+        factory = {"device": device, "dtype": dtype}
+        self.down = nn.Parameter(torch.empty(rank, *weight_shape[1:], **factory))
+        self.up = nn.Parameter(torch.zeros(weight_shape[0], rank, **factory))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def reparameterize(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        up, down = self.up.to(weight), self.down.to(weight)
+        delta = (self.scale * up) @ down.flatten(1)
+        return weight + delta.view(weight.shape), bias
+
+    def branch(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        x = F.dropout(autocast_input(x), self.dropout, self.training)
+        hidden = run(x, self.down.to(x.dtype))
+        up = (self.scale * self.up).to(hidden.dtype)
+        if self.channel_dim == -1:
+            return F.linear(hidden, up)
+        maps = hidden.flatten(self.channel_dim + 1)
+        return (up @ maps).view(*hidden.shape[: self.channel_dim], len(up), *hidden.shape[self.channel_dim + 1 :])
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.down.shape)} -> {self.up.shape[0]}, scale={self.scale}, dropout={self.dropout}"

@@ -1,0 +1,380 @@
+"""attach, detach, activate, disabled: putting named adapters on a model and taking them off, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from refold import hosting
+from refold.adapters import Adapter
+from refold.errors import SiteError
+from refold.fold import BatchNorm
+from refold.methods import Method, Plan
+from refold.preprocessing import Preprocessing
+from refold.probe import Example
+from refold.sites import Survey, head_paths
+from refold.state import (
+    Record,
+    State,
+    drop_compiled,
+    get_tensor,
+    require_state,
+    set_tensor,
+    state_of,
+    store_state,
+)
+
+__all__ = [
+    "activate",
+    "attach",
+    "describe",
+    "description",
+    "detach",
+    "disabled",
+    "head_paths",
+    "is_attached",
+    "param_groups",
+    "trainable_parameters",
+]
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    example: Any = None,
+    trainable: Iterable[str] | None = None,
+    allow_new_bias: bool = False,
+    strict: bool = False,
+) -> nn.Module:
+    """Put a method's adapters on ``model``, in place, and freeze everything but them and the head.
+
+    Frozen BatchNorm layers keep their statistics also in training mode.
+
+    Args:
+        model: any backbone.
+        method: what to attach, for example ``RepAdapter(rank=8)``.
+        name: a name for this adapter; a model can carry several, of which one is active.
+        example: an input for the probing forward (a tensor, a tuple of arguments or a dict of keywords); None
+            takes a random image in the size the model says it wants.
+        trainable: module paths or parameter names that train besides the adapter; None means the head.
+        allow_new_bias: permission to create biases when merging, where a shift has no other place.
+        strict: refuse, instead of reporting in ``explain``, when the method leaves out layers it wanted.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        SiteError: no usable site, an unknown head or path, a taken name, a merged or compiled model. The model is
+            then as it was.
+    """
+    return install(
+        model,
+        prepare(
+            model,
+            method,
+            name=name,
+            example=example,
+            trainable=trainable,
+            allow_new_bias=allow_new_bias,
+            strict=strict,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything ``attach`` decides before it changes the model."""
+
+    name: str
+    method: Method
+    plan: Plan
+    head: tuple[str, ...]
+    owned: tuple[str, ...]
+    trainable: tuple[str, ...]
+    example: Example
+
+
+def prepare(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str,
+    example: Any,
+    trainable: Iterable[str] | None,
+    allow_new_bias: bool,
+    strict: bool,
+) -> Prepared:
+    """The checks and the plan of :func:`attach`; the model stays as it is."""
+    if not isinstance(method, Method):
+        raise SiteError(f"expected a method such as refold.RepAdapter(), got {type(method).__name__}", where="attach")
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise SiteError(
+            "the model is a compiled wrapper, which would go on running the old code",
+            where=type(model).__name__,
+            remedy="Attach to the module itself, then compile it",
+        )
+    state = state_of(model)
+    if state is not None and state.merged is not None:
+        raise SiteError(f"adapter {state.merged!r} is merged", where="attach", remedy="Call refold.unmerge first")
+    if state is not None and name in state.records:
+        raise SiteError(f"an adapter named {name!r} is attached already", remedy="Choose another name= or detach first")
+    if not name.isidentifier():
+        raise SiteError(
+            f"{name!r} cannot be part of a parameter's name", where="name", remedy="Use letters, digits and _"
+        )
+    if isinstance(trainable, str):
+        trainable = (trainable,)
+    head = head_paths(model) if trainable is None else tuple(trainable)
+    head_parameters = _parameters_under(model, head)
+    with hosting.silenced(model):
+        survey = Survey(model, example, head=head, allow_new_bias=allow_new_bias)
+        plan = method.plan(survey)
+    _check(model, method, plan, head_parameters, strict)
+    names = tuple(dict.fromkeys((*plan.trained, *head_parameters)))
+    owned = names + _moving_statistics(model, plan, head)
+    return Prepared(name, method, plan, head, owned, names, survey.example.map(lambda t: t.detach().cpu()))
+
+
+def build_adapters(model: nn.Module, prepared: Prepared, device: torch.device | None = None) -> dict[str, Adapter]:
+    """Host path -> fresh adapter, beside its host (or on ``device``) and never below float32.
+
+    Updates of a trained adapter would round away in bfloat16.
+    """
+    adapters = {}
+    for site in prepared.plan.sites:
+        weight = next(model.get_submodule(site.path).parameters())
+        floating = weight.dtype if weight.is_floating_point() else torch.float32
+        dtype = torch.promote_types(floating, torch.float32)
+        adapters[site.path] = prepared.method.build(site, device or weight.device, dtype)
+    return adapters
+
+
+def install(model: nn.Module, prepared: Prepared) -> nn.Module:
+    """The part of :func:`attach` that changes the model."""
+    adapters = build_adapters(model, prepared)
+    drop_compiled(model)
+    state = state_of(model)
+    if state is None:
+        state = State(prepared.example, {n: p.requires_grad for n, p in model.named_parameters()})
+        store_state(model, state)
+    for tensor_name in prepared.owned:
+        if tensor_name not in state.base:
+            # No attached adapter owns this tensor, so it has its original value whichever of them is active.
+            value = get_tensor(model, tensor_name)
+            assert value is not None
+            state.base[tensor_name] = value.detach().cpu().clone()
+    plan = prepared.plan
+    state.records[prepared.name] = Record(
+        prepared.method,
+        plan.sites,
+        plan.skipped,
+        prepared.head,
+        prepared.owned,
+        prepared.trainable,
+        plan.trains_statistics,
+    )
+    for site in plan.sites:
+        hosting.host(model.get_submodule(site.path), site, prepared.name, adapters[site.path])
+    activate(model, prepared.name)
+    return model
+
+
+def _parameters_under(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
+    adapters = hosting.adapter_parameters(model)
+    names = [n for n, p in model.named_parameters() if id(p) not in adapters]
+    found: list[str] = []
+    for path in paths:
+        inside = [n for n in names if n == path or n.startswith(f"{path}.")]
+        if not inside:
+            raise SiteError("no module or parameter of this name has parameters", where=path, remedy="Check trainable=")
+        found += inside
+    return tuple(dict.fromkeys(found))
+
+
+def _check(model: nn.Module, method: Method, plan: Plan, trained: tuple[str, ...], strict: bool) -> None:
+    if not (plan.sites or plan.trained or trained):
+        reasons = "; ".join(f"{s.path}: {s.reason}" for s in plan.skipped[:3])
+        raise SiteError(
+            f"{type(method).__name__} finds nothing to train" + (f" ({reasons})" if reasons else ""),
+            where=type(model).__name__,
+            remedy="Name layers in sites=, or parameters in trainable=",
+        )
+    if method.mergeable and plan.skipped and not plan.sites and not plan.trained:
+        first = plan.skipped[0]
+        raise SiteError(f"no layer is usable; {first.path}: {first.reason}", where=type(model).__name__)
+    if strict and plan.skipped:
+        first = plan.skipped[0]
+        raise SiteError(
+            f"{first.reason} (and {len(plan.skipped) - 1} more layers left out)",
+            where=first.path,
+            remedy="Use strict=False to adapt the rest",
+        )
+
+
+def _moving_statistics(model: nn.Module, plan: Plan, head: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the BatchNorm buffers that training will change."""
+    names = []
+    for path, module in model.named_modules():
+        in_head = any(path == h or path.startswith(f"{h}.") for h in head)
+        if isinstance(module, BatchNorm) and (plan.trains_statistics or in_head):
+            names += [f"{path}.{leaf}" if path else leaf for leaf, b in module._buffers.items() if b is not None]
+    return tuple(names)
+
+
+def activate(model: nn.Module, name: str) -> None:
+    """Make the adapter called ``name`` the one in use: its sites, its head, its statistics; it alone trains.
+
+    Raises:
+        SiteError: unknown name, or the model is merged (use :func:`refold.switch`).
+    """
+    state = require_state(model, "activate")
+    if state.merged is not None:
+        raise SiteError(f"adapter {state.merged!r} is merged", where="activate", remedy="Use refold.switch")
+    _activate(model, state, name)
+
+
+def _activate(model: nn.Module, state: State, name: str | None) -> None:
+    record = None if name is None else state.record(name)
+    drop_compiled(model)
+    exchange_owned(model, state, name)
+    state.active = name
+    hosting.activate_slots(model, name)
+    trained = set(record.trainable) if record else set()
+    adapters = hosting.adapter_parameters(model)
+    for key, parameter in model.named_parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(key in trained and parameter.is_floating_point())
+    hosting.unfreeze_statistics(model)
+    if record is not None and not record.trains_statistics:
+        hosting.freeze_statistics(model, keep=record.head)
+
+
+def exchange_owned(model: nn.Module, state: State, name: str | None) -> None:
+    """Park the outgoing adapter's values of the backbone's tensors and bring in those of ``name``."""
+    outgoing = state.active or state.merged
+    if outgoing == name and name is not None and not state.records[name].values:
+        return
+    if outgoing is not None:
+        old = state.records[outgoing]
+        old.values = {n: t.detach().clone() for n in old.owned if (t := get_tensor(model, n)) is not None}
+        for tensor_name in old.owned:
+            set_tensor(model, tensor_name, state.base[tensor_name])
+    if name is not None:
+        new = state.records[name]
+        for tensor_name, value in new.values.items():
+            set_tensor(model, tensor_name, value)
+        new.values = {}
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take every adapter off: the untouched backbone back, bit for bit, head included. Returns ``model``.
+
+    Raises:
+        SiteError: nothing is attached.
+        MergeError: the model is merged and its base weights were not kept, or were changed since.
+    """
+    state = require_state(model, "detach")
+    if state.merged is not None:
+        from refold.merging import unmerge
+
+        unmerge(model)
+    _activate(model, state, None)
+    hosting.unhost(model)
+    hosting.unfreeze_statistics(model)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(state.requires_grad.get(key, parameter.requires_grad))
+    store_state(model, None)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model is the untouched backbone with its own head; outside, adapted again.
+
+    Raises:
+        SiteError: nothing is attached, or the model is merged.
+    """
+    state = require_state(model, "disable")
+    if state.merged is not None:
+        raise SiteError(f"adapter {state.merged!r} is merged", where="disabled", remedy="Call refold.unmerge first")
+    name = state.active
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    _activate(model, state, None)
+    try:
+        yield model
+    finally:
+        _activate(model, state, name)
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(key, parameter.requires_grad))
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether adapters are in the model's path: attached and not merged."""
+    state = state_of(model)
+    return state is not None and state.merged is None
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of everything that trains: the active adapter, its head, what it trains in place."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def param_groups(
+    model: nn.Module, lr: float = 1e-3, head_lr: float | None = None, weight_decay: float = 1e-4
+) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer: adapter and head apart, no weight decay on biases and norms.
+
+    Args:
+        lr: learning rate of the adapter and of what trains in place.
+        head_lr: learning rate of the head; None means ``lr``.
+        weight_decay: for parameters of two or more dimensions.
+
+    Raises:
+        SiteError: nothing is attached.
+    """
+    state = require_state(model, "make parameter groups")
+    record = state.record()
+    head_names = set(_parameters_under(model, record.head)) if record.head else set()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for key, parameter in trainable_parameters(model).items():
+        groups.setdefault((key in head_names, parameter.dim() > 1), []).append(parameter)
+    rate = {True: lr if head_lr is None else head_lr, False: lr}
+    return [
+        {"params": parameters, "lr": rate[is_head], "weight_decay": weight_decay if decays else 0.0}
+        for (is_head, decays), parameters in groups.items()
+    ]
+
+
+def describe(
+    model: nn.Module,
+    *,
+    backbone: str | None = None,
+    classes: list[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    task: str | None = None,
+    **extra: Any,
+) -> None:
+    """Tell refold what an adapter file should say about the active adapter; None leaves a field as it is.
+
+    Args:
+        backbone: the spec the backbone was loaded from.
+        classes: class names in the order of the head's outputs.
+        preprocessing: evaluation preprocessing.
+        task: ``"classify"``, ``"multilabel"`` or ``"regress"``.
+        extra: further values that fit in JSON.
+    """
+    info = require_state(model, "describe").record().info
+    given = {"backbone": backbone, "classes": classes, "preprocessing": preprocessing, "task": task, **extra}
+    info.update({key: value for key, value in given.items() if value is not None})
+
+
+def description(model: nn.Module) -> dict[str, Any]:
+    """What :func:`describe` was told about the active adapter."""
+    return dict(require_state(model, "read the description").record().info)

@@ -1,0 +1,86 @@
+"""RepAdapter: "Towards Efficient Visual Adaption via Structural Re-parameterization" (arXiv 2302.08106).
+
+    f(x) = x + s (B drop(A x + a) + b),   B block-diagonal over g groups, put before a frozen projection.
+
+Placement: before the attention's and before the MLP's first projection ("block"), or ``sites="attention"`` for
+the attention alone. Merged: ``W <- W M``, ``b <- b + W c`` with ``M = I + s B A`` and ``c = s (B a + b)``.
+
+Deviations from the released code, on purpose: any width, any number of groups and layers without bias merge;
+on Swin the adapter sits at the projection's own input, after shift and window partition (the map is per token,
+so this equals the paper's place before them, and stays exact where a window is padded with zeros); on ConvNeXt
+and EfficientNet the place before the depthwise convolution, which cannot fold for free, moves to the
+pointwise projections. Layouts: channels last and channels first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from refold.adapters import LinearBottleneck
+from refold.errors import SiteError
+from refold.methods.base import Method, Plan, are_sites, is_count, is_number, require
+from refold.sites import Site, Skipped, Survey
+
+__all__ = ["RepAdapter"]
+
+
+@dataclass(frozen=True)
+class RepAdapter(Method):
+    """Linear dense-then-grouped adapter before a frozen projection; merges exactly.
+
+    Args:
+        rank: hidden width r.
+        groups: groups g of the up projection; must divide ``rank`` and every adapted width.
+        scale: s; the paper searches {0.1, 0.5, 1, 5, 10} per task.
+        dropout: between the two projections, in training only.
+        sites: roles (``"attention"``, ``"mlp"``) or module paths (``*`` allowed); None is both roles where the
+            backbone has them, else every Linear and every channel-mixing convolution.
+
+    Raises:
+        SiteError: a hyper-parameter is out of range.
+    """
+
+    rank: int = 8
+    groups: int = 2
+    scale: float = 1.0
+    dropout: float = 0.1
+    sites: tuple[str, ...] | str | None = None
+
+    summary: ClassVar[str] = "linear dense-then-grouped adapter before a frozen projection"
+    paper: ClassVar[str] = "arXiv 2302.08106"
+
+    def __post_init__(self) -> None:
+        require(self, "rank", is_count(self.rank), "a positive integer")
+        require(self, "groups", is_count(self.groups) and self.rank % self.groups == 0, "a divisor of rank")
+        require(self, "scale", is_number(self.scale, -1e6, 1e6) and self.scale != 0, "a number other than 0")
+        require(self, "dropout", is_number(self.dropout, 0.0, 0.999), "in [0, 1)")
+        require(self, "sites", are_sites(self.sites), "None, a role or path, or a tuple of them")
+
+    def plan(self, survey: Survey) -> Plan:
+        layers, skipped = survey.resolve(self.sites, ("attention", "mlp"), moved=True)
+        odd = [layer for layer in layers if layer.operator.in_width % self.groups]
+        left_out = [
+            Skipped(x.path, f"groups={self.groups} does not divide its {x.operator.in_width} channels") for x in odd
+        ]
+        if left_out and (self.sites is not None or len(left_out) == len(layers)):
+            raise SiteError(
+                left_out[0].reason, where=left_out[0].path, remedy="Choose another number of groups, or other sites"
+            )
+        sites = [survey.input_site(layer, wants_shift=True) for layer in layers if layer not in odd]
+        return Plan(tuple(sites), tuple(skipped + left_out))
+
+    def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> LinearBottleneck:
+        return LinearBottleneck(
+            site.width,
+            self.rank,
+            self.groups,
+            self.scale,
+            self.dropout,
+            channel_dim=site.channel_dim,
+            shift=site.shift is not None and site.shift.target != "none",
+            device=device,
+            dtype=dtype,
+        )

@@ -1,0 +1,155 @@
+"""What refold remembers about a model: one plain object in the model's ``__dict__``, gone after ``detach``.
+
+It is no module and holds no module of the backbone, only names and tensors, so ``deepcopy`` and pickle carry
+it along, and ``.to()`` or ``.half()`` leave its exact copies alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refold.adapters import Adapter
+from refold.errors import SiteError
+from refold.methods import Method
+from refold.probe import Example
+from refold.sites import Site, Skipped
+
+__all__ = ["Record", "State", "drop_compiled", "get_tensor", "require_state", "set_tensor", "state_of"]
+
+_KEY = "_refold"
+
+
+@dataclass
+class Record:
+    """One named adapter.
+
+    Attributes:
+        method: its hyper-parameters.
+        sites: where its adapters are.
+        skipped: the layers the method left out, with reasons.
+        head: module paths of its head.
+        owned: names of the backbone's tensors of which it has values of its own: head, parameters trained in
+            place, statistics that move.
+        trainable: names of the owned ones that are trained.
+        values: the owned tensors' values while another adapter is active.
+        parked: adapters by host path while the model is merged and nothing of refold may be in it.
+        info: what ``describe`` was told: backbone spec, classes, preprocessing, task.
+    """
+
+    method: Method
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...] = ()
+    head: tuple[str, ...] = ()
+    owned: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    trains_statistics: bool = False
+    values: dict[str, Tensor] = field(default_factory=dict)
+    parked: dict[str, Adapter] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """All named adapters of one model.
+
+    Attributes:
+        example: the call that probing used; later checks repeat it.
+        requires_grad: every parameter's flag before the first attach.
+        base: original values (CPU) of every owned tensor.
+        active: the adapter in use, None inside ``disabled``.
+        unfolded: while merged, the exact values (CPU) the folds replaced; None for a bias that did not exist.
+            Empty with ``keep_base=False``.
+        folded: while merged, name -> (storage pointer, version counter) of the tensors that hold a fold.
+        merged: the name of the adapter that is folded in, None while unmerged.
+    """
+
+    example: Example
+    requires_grad: dict[str, bool]
+    records: dict[str, Record] = field(default_factory=dict)
+    base: dict[str, Tensor] = field(default_factory=dict)
+    active: str | None = None
+    merged: str | None = None
+    unfolded: dict[str, Tensor | None] = field(default_factory=dict)
+    folded: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kept_base: bool = True
+
+    def record(self, name: str | None = None) -> Record:
+        """The record of ``name``, or of the adapter in use; raises :class:`SiteError` if there is none."""
+        chosen = name or self.active or self.merged
+        if chosen is None or chosen not in self.records:
+            raise SiteError(f"no adapter named {chosen!r}", remedy=f"Attached: {', '.join(self.records) or 'none'}")
+        return self.records[chosen]
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The model's state, or None if nothing is attached."""
+    return model.__dict__.get(_KEY)
+
+
+def require_state(model: nn.Module, verb: str) -> State:
+    """The model's state; raises :class:`SiteError` naming ``verb`` if nothing is attached."""
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise SiteError(
+            f"cannot {verb} through a compiled wrapper",
+            where=type(model).__name__,
+            remedy="Pass the module you compiled",
+        )
+    state = state_of(model)
+    if state is None:
+        raise SiteError(
+            f"cannot {verb}: no adapter is attached",
+            where=type(model).__name__,
+            remedy="Call refold.attach first",
+        )
+    return state
+
+
+def store_state(model: nn.Module, state: State | None) -> None:
+    if state is None:
+        model.__dict__.pop(_KEY, None)
+    else:
+        model.__dict__[_KEY] = state
+
+
+def drop_compiled(model: nn.Module) -> None:
+    """Forget compiled code that captured the model without its present hooks.
+
+    torch.compile does not guard on hooks by default, so a model compiled in place would go on running the old
+    code in silence.
+    """
+    if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+        torch.compiler.reset()
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor | None:
+    """Parameter or buffer by its state-dict name; None if the module has the slot but no tensor."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
+@torch.no_grad()
+def set_tensor(model: nn.Module, name: str, value: Tensor | None) -> None:
+    """Copy ``value`` into a parameter or buffer, keeping its identity, dtype and device.
+
+    A parameter of another shape (a head with other classes) or one that did not exist (a created bias) is
+    replaced, because it cannot be kept.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    current = getattr(module, leaf)
+    if value is None:
+        module.register_parameter(leaf, None)
+    elif current is not None and current.shape == value.shape:
+        current.copy_(value)
+    elif current is not None and leaf in module._buffers:
+        module._buffers[leaf] = value.to(current)
+    else:
+        like = current if current is not None else next(module.parameters())
+        flag = current.requires_grad if current is not None else False
+        module.register_parameter(leaf, nn.Parameter(value.detach().clone().to(like), requires_grad=flag))
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape

@@ -1,0 +1,393 @@
+"""save and load: one safetensors file an adapter, with a versioned header, safe to open from strangers.
+
+Layout: tensors ``adapter/<layer path>/<parameter>`` and ``model/<state-dict name>`` (head, parameters trained in
+place, moved statistics); metadata key ``refold`` holds the JSON :class:`Header`. Nothing is unpickled; header
+size, shapes and hyper-parameters are checked before anything of their size is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from refold import hosting
+from refold.attachment import Prepared, build_adapters, install, prepare
+from refold.errors import MissingExtraError, RefoldError, SiteError, StoreError
+from refold.fingerprint import body_tensors, compare, fingerprint
+from refold.methods import Method, method_from_json
+from refold.preprocessing import Preprocessing
+from refold.state import Record, State, get_tensor, require_state, set_tensor, state_of
+
+__all__ = ["Header", "from_pretrained", "load", "read_header", "save"]
+
+FORMAT = 1
+_MAX_HEADER = 16 * 2**20
+_MAX_JSON = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an adapter file says about itself.
+
+    Attributes:
+        name: the adapter's name.
+        method: its hyper-parameters.
+        backbone: spec the backbone can be loaded from, "" if unknown.
+        architecture: class of the backbone.
+        fingerprint: see :mod:`refold.fingerprint`.
+        sites: (layer path, slot, shift) of every adapter.
+        head: module paths of the head.
+        classes, preprocessing, task, extra: what ``refold.describe`` was told.
+        refold: version that wrote the file.
+    """
+
+    name: str
+    method: Method
+    backbone: str
+    architecture: str
+    fingerprint: dict[str, Any]
+    sites: tuple[tuple[str, str, str], ...]
+    head: tuple[str, ...]
+    classes: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    task: str = ""
+    allow_new_bias: bool = False
+    refold: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path:
+    """Write one adapter and its head to ``path`` (atomically), the backbone's weights left out.
+
+    Args:
+        path: ends in ``.safetensors``; the folder must exist.
+        name: which adapter; None is the one in use or folded in.
+
+    Returns:
+        The path written.
+
+    Raises:
+        SiteError: nothing is attached, or no adapter has this name.
+        StoreError: the path is unsuitable or cannot be written.
+    """
+    state = require_state(model, "save")
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise StoreError("the name does not end in .safetensors", where=str(target), remedy="Rename it")
+    if not target.parent.is_dir():
+        raise StoreError("the folder does not exist", where=str(target.parent), remedy="Create it first")
+    record = state.record(name)
+    chosen = next(key for key, value in state.records.items() if value is record)
+    tensors = _tensors_of(model, state, record, chosen)
+    metadata = {"refold": json.dumps(_header_json(model, state, record, chosen), allow_nan=False)}
+    try:
+        _write_atomically(target, tensors, metadata)
+    except OSError as error:
+        raise StoreError(f"cannot be written ({error.strerror or error})", where=str(target)) from error
+    return target
+
+
+def load(model: nn.Module, source: str | Path, *, name: str | None = None, force: bool = False) -> nn.Module:
+    """Attach what an adapter file describes and load its weights, in place; the model is untouched on any error.
+
+    Args:
+        source: a file, or ``"hf-hub:user/repo"`` whose ``adapter.safetensors`` is downloaded.
+        name: name for the adapter here; None keeps the file's.
+        force: load although the backbone's weights are not those the adapter was trained on.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        StoreError: no refold file, truncated, from a newer format, for another backbone, or sites missing.
+        SiteError: the name is taken or the model is merged.
+    """
+    path, where = _fetch(source), str(source)
+    header = read_header(path)
+    _require_backbone(model, header, where, force)
+    try:
+        prepared = prepare(
+            model,
+            header.method,
+            name=name or header.name,
+            example=None,
+            trainable=header.head,
+            allow_new_bias=header.allow_new_bias,
+            strict=False,
+        )
+    except SiteError as error:
+        raise StoreError(f"does not fit this model: {error}", where=where) from error
+    with safe_open(path, framework="pt") as file:
+        _require_shapes(model, prepared, header, file, where)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    install(model, prepared)
+    record = require_state(model, "load").record(prepared.name)
+    slots = hosting.hosted(model)
+    for site in record.sites:
+        slots[site.path][prepared.name].load_state_dict(
+            {key: tensors[f"adapter/{site.path}/{key}"] for key in slots[site.path][prepared.name].state_dict()}
+        )
+    for key in record.owned:
+        set_tensor(model, key, tensors[f"model/{key}"])
+    record.info = _info(header)
+    return model
+
+
+def from_pretrained(source: str | Path, *, force: bool = False) -> nn.Module:
+    """The backbone an adapter file names, with the adapter attached, in evaluation mode.
+
+    Raises:
+        StoreError: as :func:`load`, or the file does not say which backbone it is for.
+        BackboneError: the backbone cannot be loaded.
+    """
+    path = _fetch(source)
+    header = read_header(path)
+    if not header.backbone:
+        raise StoreError(
+            "the file does not name its backbone",
+            where=str(source),
+            remedy="Build it yourself and call refold.load",
+        )
+    from refold import backbones
+
+    size = header.preprocessing.size if header.preprocessing else None
+    channels = header.preprocessing.channels if header.preprocessing else None
+    outputs = int(header.extra.get("outputs", len(header.classes) if header.classes else 1))
+    loaded = backbones.load(header.backbone, num_classes=outputs, in_chans=channels, image_size=size)
+    return load(loaded.model, path, force=force).eval()
+
+
+# -- writing --------------------------------------------------------------------------------------------------
+
+
+def _tensors_of(model: nn.Module, state: State, record: Record, name: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    slots = hosting.hosted(model)
+    for site in record.sites:
+        adapter = record.parked.get(site.path) or slots[site.path][name]
+        for key, value in adapter.state_dict().items():
+            tensors[f"adapter/{site.path}/{key}"] = value
+    in_use = name in (state.active, state.merged)
+    for key in record.owned:
+        value = get_tensor(model, key) if in_use else record.values.get(key, state.base.get(key))
+        assert value is not None
+        tensors[f"model/{key}"] = value
+    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+
+
+def _header_json(model: nn.Module, state: State, record: Record, name: str) -> dict[str, Any]:
+    info = dict(record.info)
+    preprocessing = info.pop("preprocessing", None)
+    return {
+        "format": FORMAT,
+        "refold": version("refold"),
+        "name": name,
+        "method": record.method.to_json(),
+        "backbone": info.pop("backbone", "") or _timm_spec(model),
+        "architecture": f"{type(model).__module__}.{type(model).__qualname__}",
+        "fingerprint": fingerprint(_original_body(model, state, record.head)),
+        "sites": [[s.path, s.slot, str(s.shift or "")] for s in record.sites],
+        "head": list(record.head),
+        "allow_new_bias": any(s.shift is not None and s.shift.target == "new_bias" for s in record.sites),
+        "classes": info.pop("classes", None),
+        "preprocessing": preprocessing.to_json() if preprocessing is not None else None,
+        "task": info.pop("task", ""),
+        "extra": info,
+    }
+
+
+def _timm_spec(model: nn.Module) -> str:
+    """timm models know their own name; only pretrained weights can be found again by it."""
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, dict) or not config.get("architecture"):
+        return ""
+    tag = f".{config['tag']}" if config.get("tag") else ""
+    return f"timm/{config['architecture']}{tag}"
+
+
+def _original_body(model: nn.Module, state: State | None, head: tuple[str, ...]) -> dict[str, Tensor]:
+    """The backbone's original values, whatever is trained in place or folded now."""
+    originals: dict[str, Tensor] = {}
+    skip: set[int] = set()
+    if state is not None:
+        originals = {n: t for n, t in state.unfolded.items() if t is not None} | dict(state.base)
+        skip = hosting.adapter_parameters(model)
+    return body_tensors(model, head, originals, skip)
+
+
+def _write_atomically(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with Path(temporary).open("rb") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# -- reading --------------------------------------------------------------------------------------------------
+
+
+def _fetch(source: str | Path) -> Path:
+    text = str(source)
+    if not text.startswith("hf-hub:"):
+        return Path(source)
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingExtraError.of("huggingface_hub", "all") from error
+    repo = text.removeprefix("hf-hub:")
+    try:
+        return Path(hf_hub_download(repo, "adapter.safetensors"))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise StoreError(
+            f"cannot be downloaded ({type(error).__name__})",
+            where=text,
+            remedy="Check the name and the network, or download adapter.safetensors elsewhere and pass its path",
+        ) from error
+
+
+def read_header(source: str | Path) -> Header:
+    """What an adapter file says about itself, without touching its tensors.
+
+    Raises:
+        StoreError: the file is missing, no refold adapter, truncated, malformed, or from a newer format.
+    """
+    path = _fetch(source)
+    where = str(source)
+    metadata = _safetensors_metadata(path, where)
+    raw = metadata.get("refold")
+    if not isinstance(raw, str):
+        raise StoreError(
+            "a safetensors file, but not a refold adapter", where=where, remedy="Write it with refold.save"
+        )
+    if len(raw) > _MAX_JSON:
+        raise StoreError("the header is implausibly large", where=where)
+    try:
+        data = json.loads(raw)
+        found = data["format"]
+        if not isinstance(found, int) or found > FORMAT:
+            raise StoreError(
+                f"written in format {found}, this refold reads up to {FORMAT}",
+                where=where,
+                remedy="Upgrade refold",
+            )
+        return Header(
+            name=str(data["name"]),
+            method=method_from_json(data["method"]),
+            backbone=str(data["backbone"]),
+            architecture=str(data["architecture"]),
+            fingerprint=dict(data["fingerprint"]),
+            sites=tuple((str(p), str(s), str(t)) for p, s, t in data["sites"]),
+            head=tuple(map(str, data["head"])),
+            classes=None if data["classes"] is None else tuple(map(str, data["classes"])),
+            preprocessing=None if data["preprocessing"] is None else Preprocessing.from_json(data["preprocessing"]),
+            task=str(data["task"]),
+            allow_new_bias=bool(data["allow_new_bias"]),
+            refold=str(data["refold"]),
+            extra=dict(data["extra"]),
+        )
+    except StoreError:
+        raise
+    except (RefoldError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise StoreError(f"the header is malformed ({type(error).__name__}: {error})", where=where) from error
+
+
+def _safetensors_metadata(path: Path, where: str) -> dict[str, Any]:
+    """The metadata, after checking that header and tensors lie inside the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if length < 2 or length > min(_MAX_HEADER, size - 8):
+                raise StoreError(
+                    "not a safetensors file, or truncated", where=where, remedy="Copy or download it again"
+                )
+            header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("the header is no object")
+        metadata = header.pop("__metadata__", {})
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != size - 8 - length:
+            raise StoreError(
+                f"truncated: its header promises {end + 8 + length:,} bytes, the file has {size:,}",
+                where=where,
+                remedy="Copy or download it again",
+            )
+        if not isinstance(metadata, dict):
+            raise ValueError("the metadata is no object")
+        with safe_open(path, framework="pt"):  # validates dtypes, shapes and offsets against each other
+            return metadata
+    except OSError as error:
+        raise StoreError(f"cannot be read ({error.strerror or error})", where=where) from error
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
+        raise StoreError(f"not a valid safetensors file ({error})", where=where) from error
+
+
+def _require_backbone(model: nn.Module, header: Header, where: str, force: bool) -> None:
+    if force:
+        return
+    try:
+        reason = compare(header.fingerprint, _original_body(model, state_of(model), header.head))
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"the fingerprint is malformed ({error})", where=where) from error
+    if reason is not None:
+        raise StoreError(
+            f"made for another backbone ({header.backbone or header.architecture}): {reason}",
+            where=where,
+            remedy="Load it onto the weights it was trained on, or pass force=True (--force) if you know better",
+        )
+
+
+def _require_shapes(model: nn.Module, prepared: Prepared, header: Header, file: Any, where: str) -> None:
+    """Compare sites and shapes with adapters built on the meta device: nothing of a stranger's size is allocated."""
+    found = tuple((s.path, s.slot, str(s.shift or "")) for s in prepared.plan.sites)
+    if found != header.sites:
+        odd = sorted(set(found) ^ set(header.sites)) or [("order",)]
+        raise StoreError(f"its adapters have other sites in this backbone (first difference: {odd[0][0]})", where=where)
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, adapter in build_adapters(model, prepared, torch.device("meta")).items():
+        expected |= {f"adapter/{path}/{key}": tuple(t.shape) for key, t in adapter.state_dict().items()}
+    for key in prepared.owned:
+        tensor = get_tensor(model, key)
+        expected[f"model/{key}"] = () if tensor is None else tuple(tensor.shape)
+    stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    missing, extra = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+    if missing or extra:
+        raise StoreError(f"missing tensors {missing[:3]}, unexpected tensors {extra[:3]}", where=where)
+    for key, shape in expected.items():
+        # A head may differ in its number of classes, its first dimension, and in nothing else.
+        name = key.removeprefix("model/")
+        in_head = any(name == h or name.startswith(f"{h}.") for h in header.head)
+        same = stored[key][1:] == shape[1:] and len(stored[key]) == len(shape) if in_head else stored[key] == shape
+        if not same:
+            raise StoreError(f"{key} has shape {stored[key]}, this model needs {shape}", where=where)
+
+
+def _info(header: Header) -> dict[str, Any]:
+    given = {
+        "backbone": header.backbone or None,
+        "task": header.task or None,
+        "classes": None if header.classes is None else list(header.classes),
+        "preprocessing": header.preprocessing,
+    }
+    return header.extra | {key: value for key, value in given.items() if value is not None}
