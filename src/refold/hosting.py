@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from refold.adapters import Adapter, ChannelAdapter, WeightAdapter
-from refold.fold import KINDS, BatchNorm, kind_of
+from refold.fold import KINDS, BatchNorm, kind_of, replaces_weight
 from refold.sites import Site
 
 __all__ = [
@@ -62,12 +62,6 @@ def _shifts_after(layer: nn.Module, adapter: ChannelAdapter) -> bool:
     return kind is not None and kind.operator(layer).pads_zeros and adapter.shift() is not None
 
 
-def _replaces_weight(layer: nn.Module) -> bool:
-    """Whether a weight adapter must compute the whole weight, as no equal path over activations exists."""
-    kind = kind_of(layer)
-    return kind is None or kind.run is None or kind.operator(layer).groups != 1
-
-
 def _before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     slot = _slot(layer)
     adapter = slot.current()
@@ -77,7 +71,7 @@ def _before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if _shifts_after(layer, adapter):
             fn = partial(adapter, with_shift=False)
         return kind.map_input(args, kwargs, fn)
-    if isinstance(adapter, WeightAdapter) and _replaces_weight(layer):
+    if isinstance(adapter, WeightAdapter) and replaces_weight(layer):
         op = kind.operator(layer)
         frozen = layer._parameters[op.weight]
         assert frozen is not None
@@ -102,7 +96,7 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         moved = weight.flatten(2).sum(-1).to(shift.dtype).unflatten(0, (op.groups, -1)) @ shift.view(op.groups, -1, 1)
         return output + moved.reshape(-1, *[1] * (-op.channel_dim - 1)).to(output.dtype)
     if isinstance(adapter, WeightAdapter):
-        if not _replaces_weight(layer):
+        if not replaces_weight(layer):
             assert kind.run is not None
             x = args[0] if args else kwargs["input"]
             return output + adapter.branch(x, partial(kind.run, layer))
@@ -127,7 +121,7 @@ def host(layer: nn.Module, site: Site, name: str, adapter: Adapter) -> None:
         layer.register_forward_pre_hook(_before, with_kwargs=True)
         layer.register_forward_hook(_after, with_kwargs=True)
     assert isinstance(slot, Slot)
-    if isinstance(adapter, WeightAdapter) and _replaces_weight(layer):
+    if isinstance(adapter, WeightAdapter) and replaces_weight(layer):
         # The shadowed weight must go also when the forward raises. Only here: torch traces such hooks less well.
         key = next(k for k, fn in layer._forward_hooks.items() if fn is _after)
         layer._forward_hooks_always_called[key] = True

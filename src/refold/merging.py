@@ -185,10 +185,11 @@ def _folds(model: nn.Module, record: Record, adapters: dict[str, Adapter]) -> di
         assert weight is not None
         adapter = adapters[site.path]
         if isinstance(adapter, WeightAdapter):
-            has_bias = getattr(layer, op.bias, None) is not None
-            folds[weight_name], bias = adapter.reparameterize(weight, current(bias_name) if has_bias else None)
-            if bias is not None:
-                folds[bias_name] = bias
+            present = getattr(layer, op.bias, None)
+            bias = None if present is None else folds.get(bias_name, to_float64(present))
+            folds[weight_name], moved = adapter.reparameterize(weight, bias)
+            if moved is not None and moved is not bias:
+                folds[bias_name] = moved
         elif isinstance(adapter, ChannelAdapter):
             channel_map = adapter.channel_map()
             folds[weight_name], moved = fold_input(op, weight, channel_map)

@@ -144,8 +144,13 @@ def load(model: nn.Module, source: str | Path, *, name: str | None = None, force
     return model
 
 
-def from_pretrained(source: str | Path, *, force: bool = False) -> nn.Module:
+def from_pretrained(source: str | Path, *, weights: str | Path | None = None, force: bool = False) -> nn.Module:
     """The backbone an adapter file names, with the adapter attached, in evaluation mode.
+
+    Args:
+        source: as for :func:`load`.
+        weights: local checkpoint of the backbone, where it was trained on one.
+        force: as for :func:`load`.
 
     Raises:
         StoreError: as :func:`load`, or the file does not say which backbone it is for.
@@ -164,7 +169,7 @@ def from_pretrained(source: str | Path, *, force: bool = False) -> nn.Module:
     size = header.preprocessing.size if header.preprocessing else None
     channels = header.preprocessing.channels if header.preprocessing else None
     outputs = int(header.extra.get("outputs", len(header.classes) if header.classes else 1))
-    loaded = backbones.load(header.backbone, num_classes=outputs, in_chans=channels, image_size=size)
+    loaded = backbones.load(header.backbone, num_classes=outputs, in_chans=channels, image_size=size, weights=weights)
     return load(loaded.model, path, force=force).eval()
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "input_shift",
     "kind_of",
     "refusal",
+    "replaces_weight",
 ]
 
 KINDS: dict[str, LayerKind] = {kind.name: kind for kind in (LinearKind(), ConvKind(), NormKind(), AttentionKind())}
@@ -52,3 +53,9 @@ def refusal(layer: nn.Module) -> str | None:
     if reason is None and layer._parameters.get(kind.operator(layer).weight) is None:
         reason = "the layer's weight is not a parameter of its own (a weight-norm or spectral-norm hook computes it)"
     return reason
+
+
+def replaces_weight(layer: nn.Module) -> bool:
+    """Whether a weight map must compute the whole adapted weight, as no equal path over activations exists."""
+    kind = kind_of(layer)
+    return kind is None or kind.run is None or kind.operator(layer).groups != 1

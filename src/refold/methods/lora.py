@@ -16,6 +16,8 @@ from typing import ClassVar
 import torch
 
 from refold.adapters import LowRank
+from refold.errors import SiteError
+from refold.fold import replaces_weight
 from refold.methods.base import Method, Plan, are_sites, is_count, is_number, require
 from refold.sites import Site, Survey
 
@@ -54,6 +56,13 @@ class LoRA(Method):
 
     def plan(self, survey: Survey) -> Plan:
         layers, skipped = survey.resolve(self.sites, ("attention",), moved=False)
+        for layer in layers:
+            if self.dropout and replaces_weight(layer.module):
+                raise SiteError(
+                    f"dropout={self.dropout} has no place: the layer's weight is replaced, its input is out of reach",
+                    where=layer.path,
+                    remedy="Use dropout=0, or other sites",
+                )
         return Plan(tuple(survey.weight_site(layer) for layer in layers), tuple(skipped))
 
     def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> LowRank:

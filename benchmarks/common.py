@@ -1,0 +1,41 @@
+"""What the benchmarks share: models, one results format, and markdown tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from refold.bench import measure
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+
+
+def perturb(model: nn.Module, seed: int = 0) -> None:
+    """Move every trainable tensor away from its start, so that no adapter is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+
+
+def write(name: str, rows: Iterable[dict[str, Any]], **facts: Any) -> Path:
+    """``results/NAME.json``: the command, the environment, whatever else is known, and one object a row."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    command = " ".join(["python", *sys.argv])
+    content = {"command": command, "environment": measure.environment(), **facts, "rows": list(rows)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,0 +1,44 @@
+"""The ``refold`` command. Thin: every command is a few calls of the library and a table."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from refold.cli import adapt, demo, ship, shelf
+from refold.cli.console import error
+from refold.errors import RefoldError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="refold",
+    help="Adapt a pretrained vision model to your own images with a tiny adapter, then fold it into the model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+for command in (
+    demo.demo,
+    adapt.train,
+    adapt.evaluate,
+    adapt.predict,
+    ship.merge,
+    ship.export,
+    ship.explain,
+    shelf.models,
+    shelf.methods,
+):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line: a refold error is one line on stderr and exit code 1, never a traceback."""
+    try:
+        app()
+    except RefoldError as problem:
+        error(str(problem))
+        sys.exit(1)

@@ -1,0 +1,82 @@
+"""What several commands share: the options' texts, and the ways to name a method and an adapter."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from refold.errors import SiteError, StoreError
+from refold.methods import METHODS, Method
+from refold.store import Header, read_header
+
+__all__ = ["Adapter", "Force", "Weights", "adapter_file", "load_adapted", "parse_method"]
+
+Adapter = Annotated[
+    str, typer.Argument(help="A run folder, an adapter file, or hf-hub:user/repo.", metavar="ADAPTER", show_default=False)
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Local checkpoint of the backbone (.safetensors, .npz, .pth), instead of its published weights."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Load the adapter although the backbone's weights are not those it was trained on.")
+]
+
+
+def parse_method(text: str) -> Method:
+    """``"RepAdapter"`` or ``"RepAdapter(rank=8, scale=5)"`` as a method; the class name in any case.
+
+    Raises:
+        SiteError: an unknown name, a misspelt or invalid hyper-parameter, or text that is no call.
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as problem:
+        raise _unreadable(text) from problem
+    if isinstance(call, ast.Name):
+        call = ast.Call(func=call, args=[], keywords=[])
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise _unreadable(text)
+    names = {name.lower(): name for name in METHODS}
+    if call.func.id.lower() not in names:
+        raise SiteError(f"unknown method {call.func.id!r}", where="--method", remedy=f"Known: {', '.join(METHODS)}")
+    values: dict[str, Any] = {}
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            raise _unreadable(text)
+        try:
+            values[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError as problem:
+            raise _unreadable(text) from problem
+    return METHODS[names[call.func.id.lower()]].from_json(values)
+
+
+def _unreadable(text: str) -> SiteError:
+    return SiteError(f"cannot read {text!r}", where="--method", remedy="Write for example 'RepAdapter(rank=8, scale=5)'")
+
+
+def adapter_file(source: str) -> str:
+    """The adapter file of a run folder, or ``source`` itself.
+
+    Raises:
+        StoreError: the folder holds no adapter.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    file = folder / "adapter.safetensors"
+    if not file.is_file():
+        raise StoreError("the folder holds no adapter.safetensors", where=source, remedy="Has the run finished an epoch?")
+    return str(file)
+
+
+def load_adapted(source: str, weights: Path | None, force: bool) -> tuple[nn.Module, Header]:
+    """The backbone that ``source`` names with its adapter attached, and what the file says of itself."""
+    from refold.store import from_pretrained
+
+    file = adapter_file(source)
+    return from_pretrained(file, weights=weights, force=force), read_header(file)

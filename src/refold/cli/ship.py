@@ -1,0 +1,126 @@
+"""``refold merge``, ``export`` and ``explain``: from an adapter to a file with nothing added."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import refold
+from refold.cli.console import console
+from refold.cli.options import Adapter, Force, Weights, load_adapted, parse_method
+from refold.errors import MergeError
+
+__all__ = ["explain", "export", "merge"]
+
+
+class Format(StrEnum):
+    ONNX = "onnx"
+    PROGRAM = "program"
+    WEIGHTS = "weights"
+
+
+def merge(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the merged weights (.safetensors).")] = Path(
+        "merged.safetensors"
+    ),
+    weights: Weights = None,
+    force: Force = False,
+) -> None:
+    """Fold an adapter into its backbone and write plain weights, with a certificate of exactness.
+
+    The file loads strictly with timm.create_model(...).load_state_dict, without refold. The certificate is
+    printed and written beside it.
+
+    Example: refold merge runs/cells --output cells.safetensors
+    """
+    from refold.certificate import certify
+    from refold.export import export_weights
+    from refold.report import tables
+
+    model, _ = load_adapted(adapter, weights, force)
+    certificate = certify(model)
+    if not certificate["holds"]:
+        console.print(tables.certificate_table(certificate))
+        raise MergeError("the merge is not exact; nothing was written", where=adapter)
+    refold.merge(model)
+    result = export_weights(model, output)
+    record = json.dumps(certificate, indent=2)
+    beside = output.with_suffix(".certificate.json")
+    beside.write_text(record)
+    if Path(adapter).is_dir():
+        (Path(adapter) / "certificate.json").write_text(record)
+        refold_report(Path(adapter))
+    console.print(tables.certificate_table(certificate))
+    console.print(f"Merged weights: {result.path} ({result.bytes:,} bytes)\nCertificate: {beside}")
+
+
+def refold_report(folder: Path) -> None:
+    """Bring the run's report up to date."""
+    from refold.report import write_report
+
+    console.print(f"Report: {write_report(folder)}")
+
+
+def export(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", show_default=False)],
+    format: Annotated[Format, typer.Option(help="ONNX graph, torch.export program, or plain weights.")] = Format.ONNX,
+    preprocessing: Annotated[
+        bool, typer.Option("--preprocessing", help="ONNX only: bake scaling and normalisation in; input is uint8.")
+    ] = False,
+    weights: Weights = None,
+    force: Force = False,
+) -> None:
+    """Merge an adapter and write the model for deployment, checked against the merged model.
+
+    Example: refold export runs/cells --output cells.onnx --preprocessing
+    """
+    from refold.export import export_onnx, export_program, export_weights
+
+    model, header = load_adapted(adapter, weights, force)
+    refold.merge(model)
+    prepared = header.preprocessing
+    if format is Format.ONNX:
+        result = export_onnx(model, output, preprocessing=prepared, with_preprocessing=preprocessing)
+    elif format is Format.PROGRAM:
+        result = export_program(model, output, preprocessing=prepared)
+    else:
+        result = export_weights(model, output)
+    console.print(f"{result.path}: {result.bytes:,} bytes", highlight=False)
+    if format is not Format.WEIGHTS:
+        console.print(f"largest difference from the merged model: {result.max_abs:.2e}, relative {result.max_rel:.2e}")
+
+
+def explain(
+    source: Annotated[
+        str, typer.Argument(help="A run folder or adapter file, or a model spec together with --method.", metavar="SOURCE")
+    ],
+    method: Annotated[str | None, typer.Option(help="What to attach, for example 'RepAdapter(rank=16)'.")] = None,
+    weights: Weights = None,
+    force: Force = False,
+) -> None:
+    """Show where a method's adapters go, what they cost, and whether and where each folds.
+
+    Example: refold explain timm/convnext_tiny --method RepAdapter
+    """
+    from refold import backbones
+    from refold.report import tables
+
+    if method is None:
+        model, _ = load_adapted(source, weights, force)
+    else:
+        chosen = parse_method(method)
+        model = backbones.load(source, num_classes=2, weights=weights, pretrained=weights is not None).model
+        refold.attach(model, chosen)
+    found = refold.explain(model)
+    console.print(tables.explain_table(found.rows))
+    console.print(
+        f"{found.method}: {found.adapter_parameters:,} parameters beside the head, {found.trainable:,} in all, "
+        f"of {found.total:,} ({100 * found.trainable / found.total:.2f} %)",
+        highlight=False,
+    )
