@@ -30,10 +30,10 @@ demo: $(STAMP)  ## learn a real inspection task with a RepAdapter, fold it, ship
 	$(BIN)/refold demo
 
 test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 test-all: $(BENCH_STAMP)  ## the test suite and the slow suites
-	$(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .
