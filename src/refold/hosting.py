@@ -26,6 +26,7 @@ __all__ = [
     "hooks_left",
     "host",
     "hosted",
+    "is_free_name",
     "silenced",
     "unfreeze_statistics",
     "unhost",
@@ -33,6 +34,8 @@ __all__ = [
 
 #: Name of the child that holds a layer's adapters; state-dict keys read ``<layer>.refold.<adapter>.<parameter>``.
 SLOT = "refold"
+#: Mark in a BatchNorm's ``__dict__``: a hook of refold, not the user, took it out of training mode.
+_SILENCED = "_refold_keeps_statistics"
 
 
 class Slot(nn.ModuleDict):
@@ -48,6 +51,11 @@ class Slot(nn.ModuleDict):
         adapter = self[self.active] if self.active is not None and self.active in self else None
         assert adapter is None or isinstance(adapter, Adapter)
         return adapter
+
+
+def is_free_name(name: str) -> bool:
+    """Whether an adapter may be called ``name``: an identifier that no slot has as an attribute of its own."""
+    return name.isidentifier() and not hasattr(Slot("linear"), name)
 
 
 def _slot(layer: nn.Module) -> Slot:
@@ -110,6 +118,7 @@ def _keep_statistics(layer: nn.Module, args: tuple[Any, ...]) -> None:
     """A frozen BatchNorm normalises with its stored statistics, and keeps them, also under ``model.train()``."""
     if layer.training:
         layer.training = False
+        setattr(layer, _SILENCED, True)
 
 
 def host(layer: nn.Module, site: Site, name: str, adapter: Adapter) -> None:
@@ -139,9 +148,13 @@ def unhost(model: nn.Module) -> None:
     """Remove every slot and hook of refold from its layers."""
     for path in hosted(model):
         layer = model.get_submodule(path)
+        kind = KINDS[_slot(layer).kind]
         del layer._modules[SLOT]
         _remove_hook(layer, _before)
         _remove_hook(layer, _after)
+        # An interrupt (Ctrl-C) inside a forward skips even hooks that are always called.
+        layer.__dict__.pop(kind.operator(layer).weight, None)
+        layer.__dict__.pop(kind.operator(layer).bias, None)
 
 
 def freeze_statistics(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
@@ -154,7 +167,8 @@ def freeze_statistics(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
 
 def unfreeze_statistics(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, BatchNorm) and _remove_hook(module, _keep_statistics):
+        ours = isinstance(module, BatchNorm) and _remove_hook(module, _keep_statistics)
+        if ours and module.__dict__.pop(_SILENCED, False):
             module.training = model.training
 
 

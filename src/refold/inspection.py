@@ -110,8 +110,7 @@ def _site_rows(model: nn.Module, record: Record, name: str, *, merged: bool) -> 
     for site in record.sites:
         adapter = record.parked[site.path] if merged else slots[site.path][name]
         count = sum(p.numel() for p in adapter.parameters())
-        folds = {"input": "W M, then the shift", "weight": "the map of the weight itself"}[site.slot]
-        reason = f"folds exactly: {folds}" + (f"; {site.note}" if site.note else "")
+        reason = "; ".join(filter(None, ("folds exactly", site.note)))
         shift = "" if site.shift is None else str(site.shift)
         rows.append(Row(site.path, site.slot, site.role, site.width, count, record.method.mergeable, reason, shift))
     return rows

@@ -20,7 +20,7 @@ from refold.fold import KINDS, fold_input
 from refold.maps import ChannelMap, to_float64
 from refold.probe import Example, forward, preserved, tensors_of
 from refold.sites import Site
-from refold.state import Record, State, drop_compiled, get_tensor, require_state, set_tensor
+from refold.state import Record, State, drop_compiled, get_tensor, require_state, set_tensor, tensor_name
 
 __all__ = ["LIMITS", "MergeReport", "merge", "switch", "unmerge"]
 
@@ -109,7 +109,7 @@ def unmerge(model: nn.Module) -> None:
         raise MergeError("the model is not merged", where="unmerge", remedy="Call refold.merge first")
     _require_base(state, "unmerge")
     _require_untouched(model, state)
-    drop_compiled(model)
+    drop_compiled()
     name = state.merged
     _restore_base(model, state)
     state.merged, state.active, state.kept_base = None, name, True
@@ -138,8 +138,10 @@ def switch(model: nn.Module, name: str) -> None:
         raise MergeError(f"{type(record.method).__name__} does not fold into a backbone's weights", where=name)
     _require_base(state, "switch")
     _require_untouched(model, state)
-    drop_compiled(model)
+    drop_compiled()
     previous = state.merged
+    for path, adapter in record.parked.items():  # the model may have moved since the adapter left it
+        adapter.to(next(model.get_submodule(path).parameters()).device)
     _restore_base(model, state)
     exchange_owned(model, state, name)
     state.merged = name
@@ -159,7 +161,7 @@ def switch(model: nn.Module, name: str) -> None:
 
 
 def _adapter_at(model: nn.Module, site: Site, name: str) -> Adapter:
-    adapter = hosting.hosted(model)[site.path][name] if site.path else None
+    adapter = hosting.hosted(model)[site.path][name]
     assert isinstance(adapter, Adapter)
     return adapter
 
@@ -180,7 +182,7 @@ def _folds(model: nn.Module, record: Record, adapters: dict[str, Adapter]) -> di
     for site in record.sites:
         layer = model.get_submodule(site.path)
         op = KINDS[site.kind].operator(layer)
-        weight_name, bias_name = f"{site.path}.{op.weight}", f"{site.path}.{op.bias}"
+        weight_name, bias_name = tensor_name(site.path, op.weight), tensor_name(site.path, op.bias)
         weight = current(weight_name)
         assert weight is not None
         adapter = adapters[site.path]
@@ -233,7 +235,7 @@ def _solve(channel_map: ChannelMap, shift: Tensor, site: Site) -> Tensor:
 
 def _park(model: nn.Module, state: State) -> None:
     """Take every adapter and hook out of the module tree, keeping the adapters in the records."""
-    drop_compiled(model)
+    drop_compiled()
     for key, record in state.records.items():
         record.parked = {site.path: _adapter_at(model, site, key) for site in record.sites}
     hosting.unhost(model)
@@ -244,25 +246,29 @@ def _write(model: nn.Module, state: State, name: str, folds: dict[str, Tensor]) 
     """Put the folds into the model's own tensors, keeping exact copies of what they replace."""
     originals = {n: get_tensor(model, n) for n in folds}
     state.unfolded = {n: None if t is None else t.detach().cpu().clone() for n, t in originals.items()}
-    for tensor_name, value in folds.items():
-        set_tensor(model, tensor_name, value)
+    for key, value in folds.items():
+        set_tensor(model, key, value)
     state.merged, state.active, state.kept_base = name, None, True
     state.folded = {n: _mark(get_tensor(model, n)) for n in folds}
-    for tensor_name in folds:
-        tensor = get_tensor(model, tensor_name)
+    for key in folds:
+        tensor = get_tensor(model, key)
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(False)
 
 
-def _mark(tensor: Tensor | None) -> tuple[int, int]:
-    """Changes whenever the tensor is written in place or replaced, at no cost."""
+def _mark(tensor: Tensor | None) -> int:
+    """A checksum of the tensor's bits: one read, no copy, and the same on every device and in every copy.
+
+    Torch's version counters would cost nothing, but writes through ``.data`` or numpy do not raise them.
+    """
     assert tensor is not None
-    return tensor.data_ptr(), tensor._version
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().view(words).sum(dtype=torch.int64))
 
 
 def _restore_base(model: nn.Module, state: State) -> None:
-    for tensor_name, value in state.unfolded.items():
-        set_tensor(model, tensor_name, value)
+    for key, value in state.unfolded.items():
+        set_tensor(model, key, value)
     state.unfolded, state.folded = {}, {}
 
 
@@ -274,26 +280,25 @@ def _require_base(state: State, verb: str) -> None:
 def _require_untouched(model: nn.Module, state: State) -> None:
     """Refuse to throw away changes made to merged weights.
 
-    Identity and version of the tensors answer at once in the usual case. A move to another device or dtype
-    changes both: then the fold is computed again on a copy of the base and compared.
+    Checksums answer at once in the usual case. A cast to another dtype changes them: then the fold is computed
+    again from the exact base and compared.
     """
     if all(_mark(get_tensor(model, n)) == mark for n, mark in state.folded.items()):
         return
     assert state.merged is not None
     record = state.records[state.merged]
-    twin = copy.deepcopy(model)
-    for tensor_name, value in state.unfolded.items():
-        set_tensor(twin, tensor_name, value)
+    twin = copy.deepcopy(model).to("cpu", torch.float64)
+    for name, value in state.unfolded.items():
+        set_tensor(twin, name, value)
     parked = {path: copy.deepcopy(adapter).cpu() for path, adapter in record.parked.items()}
-    expected = _folds(twin.cpu(), record, parked)
-    for tensor_name, value in expected.items():
-        now = get_tensor(model, tensor_name)
+    for name, value in _folds(twin, record, parked).items():
+        now = get_tensor(model, name)
         assert now is not None
         tolerance = 4 * torch.finfo(now.dtype).eps * float(value.abs().max())
         if float((to_float64(now).cpu() - value).abs().max()) > tolerance:
             raise MergeError(
                 "the merged weight was changed since merge",
-                where=tensor_name,
+                where=name,
                 remedy="Save what you changed; then load the backbone and the adapter afresh",
             )
 
@@ -338,7 +343,9 @@ def run_probes(model: nn.Module, example: Example) -> list[Tensor]:
 
 def _outputs(model: nn.Module, state: State) -> list[Tensor]:
     outputs = run_probes(model, state.example)
-    if not outputs or not all(bool(torch.isfinite(o).all()) for o in outputs):
+    if not outputs:
+        raise MergeError("the model returns no floating tensor that could be compared", remedy="Use check=False")
+    if not all(bool(torch.isfinite(o).all()) for o in outputs):
         raise MergeError(
             "the unmerged model's output is not finite, so a merge cannot be checked", remedy="Check training"
         )

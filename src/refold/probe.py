@@ -7,17 +7,19 @@ only if autograd's graph shows that nothing else consumes the layer's output.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from refold.errors import SiteError
-from refold.fold import BatchNorm
+from refold.fold import NORMS, BatchNorm, kind_of
 
 __all__ = ["Example", "Trace", "example_input", "forward", "preserved", "trace"]
 
@@ -39,9 +41,8 @@ class Example:
         return cls((value,), {})
 
     def map(self, fn: Any) -> Example:
-        """With ``fn`` applied to every tensor among the arguments."""
-        apply = lambda v: fn(v) if isinstance(v, Tensor) else v  # noqa: E731
-        return Example(tuple(map(apply, self.args)), {k: apply(v) for k, v in self.kwargs.items()})
+        """With ``fn`` applied to every tensor in the arguments, nested ones included."""
+        return Example(*tree_map_only(Tensor, fn, (self.args, self.kwargs)))
 
 
 @dataclass
@@ -116,8 +117,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 def forward(model: nn.Module, example: Example) -> Any:
     """The model's output, or a :class:`SiteError` that tells how to give a better example."""
+    # Compiled code does not see the hooks that probing adds, and comparing outputs is not worth compiling for.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        return model(*example.args, **example.kwargs)
+        with eager:
+            return model(*example.args, **example.kwargs)
     except Exception as error:
         shapes = [tuple(a.shape) for a in (*example.args, *example.kwargs.values()) if isinstance(a, Tensor)]
         raise SiteError(
@@ -148,25 +152,23 @@ def trace(model: nn.Module, example: Example) -> Trace:
         SiteError: the forward fails on this example.
     """
     result = Trace()
-    inputs: dict[str, list[Tensor]] = defaultdict(list)
-    outputs: dict[str, list[Tensor]] = defaultdict(list)
+    inputs: dict[str, list[Value]] = defaultdict(list)
+    outputs: dict[str, list[Value]] = defaultdict(list)
     handles = []
     for path, module in model.named_modules():
 
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-            result.calls[path] = result.calls.get(path, 0) + 1
-            inputs[path].extend(tensors_of(args))
-            inputs[path].extend(tensors_of(kwargs))
-            outputs[path].extend(tensors_of(output))
-
-        def enter(module: nn.Module, args: Any, path: str = path) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
             result.order.setdefault(path, len(result.order))
+            inputs[path].extend(map(Value.of, tensors_of((args, kwargs))))
 
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(record, with_kwargs=True))
-    tracked = example.map(lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t)
+        def leave(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            result.calls[path] = result.calls.get(path, 0) + 1
+            outputs[path].extend(map(Value.of, tensors_of(output)))
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
     try:
-        with preserved(model), torch.enable_grad():
+        with preserved(model), torch.inference_mode(False), torch.enable_grad(), _graph(model, example) as tracked:
             final = forward(model, tracked)
     finally:
         for handle in handles:
@@ -174,6 +176,42 @@ def trace(model: nn.Module, example: Example) -> Trace:
     consumers = _consumers(tensors_of(final))
     _find_neighbours(model, result, inputs, outputs, consumers)
     return result
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor as it was at one moment: operations in place, such as ``ReLU(inplace=True)``, change it later."""
+
+    tensor: Tensor
+    version: int
+    producer: Any
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Value:
+        return cls(tensor, tensor._version, tensor.grad_fn)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return id(self.tensor), self.version
+
+
+@contextmanager
+def _graph(model: nn.Module, example: Example) -> Iterator[Example]:
+    """The example, made so that autograd records a graph from it, on frozen backbones too."""
+    # A clone, because a leaf that requires gradients cannot be changed in place, which a model may do.
+    tracked = example.map(lambda t: t.detach().clone().requires_grad_().clone() if t.is_floating_point() else t)
+    if any(t.is_floating_point() for t in tensors_of((example.args, example.kwargs))):
+        yield tracked
+        return
+    # Token ids carry no gradient: the graph then starts at the parameters.
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield tracked
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _consumers(outputs: Iterator[Tensor]) -> dict[Any, set[Any]]:
@@ -195,24 +233,25 @@ def _consumers(outputs: Iterator[Tensor]) -> dict[Any, set[Any]]:
 def _find_neighbours(
     model: nn.Module,
     result: Trace,
-    inputs: dict[str, list[Tensor]],
-    outputs: dict[str, list[Tensor]],
+    inputs: dict[str, list[Value]],
+    outputs: dict[str, list[Value]],
     consumers: dict[Any, set[Any]],
 ) -> None:
     """Fill in which norm alone follows, or alone feeds, each layer that is called once."""
     modules = dict(model.named_modules())
     leaves = [p for p, n in result.calls.items() if n == 1 and len(inputs[p]) == 1 and len(outputs[p]) == 1]
-    reads: dict[int, list[str]] = defaultdict(list)
+    reads: dict[tuple[int, int], list[str]] = defaultdict(list)
     for path in leaves:
-        reads[id(inputs[path][0])].append(path)
-    norms = (nn.LayerNorm, nn.GroupNorm, BatchNorm)
+        reads[inputs[path][0].key].append(path)
+    # A norm with children (timm's BatchNormAct2d) may apply an activation after its bias.
+    norms = {p for p in leaves if isinstance(modules[p], NORMS) and not any(True for _ in modules[p].children())}
     for path in leaves:
         value = outputs[path][0]
         # An identity layer passes its input on: the same tensor object would then have two producers.
-        if value is inputs[path][0] or value.grad_fn is None or len(consumers[value.grad_fn]) != 1:
+        if value.tensor is inputs[path][0].tensor or value.producer is None or len(consumers[value.producer]) != 1:
             continue
-        for reader in reads[id(value)]:
+        for reader in reads[value.key]:
             if isinstance(modules[reader], BatchNorm):
                 result.batchnorm[path] = reader
-            elif isinstance(modules[path], norms) and not list(modules[reader].children()):
+            elif path in norms and kind_of(modules[reader]) is not None:
                 result.norm[reader] = path

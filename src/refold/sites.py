@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from refold.errors import SiteError
-from refold.fold import BatchNorm, Operator, kind_of, refusal
+from refold.fold import NORMS, Operator, kind_of, refusal
 from refold.probe import Example, Trace, example_input, trace
 from refold.roles import MOVED, ROLES
 
@@ -209,9 +209,7 @@ class Survey:
                 left_out.append(Skipped(layer.path, reason))
             else:
                 found.append(layer)
-        wanted = [
-            s for s in self.skipped if not isinstance(self.modules[s.path], (nn.LayerNorm, BatchNorm, nn.GroupNorm))
-        ]
+        wanted = [s for s in self.skipped if not isinstance(self.modules[s.path], NORMS)]
         return self._ordered(found), left_out + wanted
 
     def _ordered(self, layers: Iterable[Layer]) -> list[Layer]:

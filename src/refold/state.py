@@ -6,6 +6,7 @@ it along, and ``.to()`` or ``.half()`` leave its exact copies alone.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,17 @@ from refold.methods import Method
 from refold.probe import Example
 from refold.sites import Site, Skipped
 
-__all__ = ["Record", "State", "drop_compiled", "get_tensor", "require_state", "set_tensor", "state_of"]
+__all__ = [
+    "Record",
+    "State",
+    "drop_compiled",
+    "get_tensor",
+    "is_compiled_wrapper",
+    "require_state",
+    "set_tensor",
+    "state_of",
+    "tensor_name",
+]
 
 _KEY = "_refold"
 
@@ -63,7 +74,7 @@ class State:
         active: the adapter in use, None inside ``disabled``.
         unfolded: while merged, the exact values (CPU) the folds replaced; None for a bias that did not exist.
             Empty with ``keep_base=False``.
-        folded: while merged, name -> (storage pointer, version counter) of the tensors that hold a fold.
+        folded: while merged, name -> checksum of the tensors that hold a fold.
         merged: the name of the adapter that is folded in, None while unmerged.
     """
 
@@ -74,7 +85,7 @@ class State:
     active: str | None = None
     merged: str | None = None
     unfolded: dict[str, Tensor | None] = field(default_factory=dict)
-    folded: dict[str, tuple[int, int]] = field(default_factory=dict)
+    folded: dict[str, int] = field(default_factory=dict)
     kept_base: bool = True
 
     def record(self, name: str | None = None) -> Record:
@@ -92,7 +103,7 @@ def state_of(model: nn.Module) -> State | None:
 
 def require_state(model: nn.Module, verb: str) -> State:
     """The model's state; raises :class:`SiteError` naming ``verb`` if nothing is attached."""
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if is_compiled_wrapper(model):
         raise SiteError(
             f"cannot {verb} through a compiled wrapper",
             where=type(model).__name__,
@@ -115,20 +126,33 @@ def store_state(model: nn.Module, state: State | None) -> None:
         model.__dict__[_KEY] = state
 
 
-def drop_compiled(model: nn.Module) -> None:
-    """Forget compiled code that captured the model without its present hooks.
+def is_compiled_wrapper(model: object) -> bool:
+    """Whether ``model`` is what ``torch.compile(module)`` returns; never imports the compiler to find out."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(model, dynamo.eval_frame.OptimizedModule)
 
-    torch.compile does not guard on hooks by default, so a model compiled in place would go on running the old
-    code in silence.
+
+def tensor_name(path: str, leaf: str) -> str:
+    """State-dict name of a layer's tensor; the layer may be the model itself, whose path is empty."""
+    return f"{path}.{leaf}" if path else leaf
+
+
+def drop_compiled() -> None:
+    """Forget compiled code that captured a model without its present hooks.
+
+    torch.compile does not guard on hooks by default: compiled code, also that behind a wrapper around the model,
+    which nothing here can see, would go on running without the adapters in silence.
     """
-    if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+    if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor | None:
     """Parameter or buffer by its state-dict name; None if the module has the slot but no tensor."""
     path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
+    module = model.get_submodule(path)
+    # Not by attribute: a weight adapter may be shadowing the parameter, see hosting.
+    return module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
 
 
 @torch.no_grad()
@@ -140,7 +164,7 @@ def set_tensor(model: nn.Module, name: str, value: Tensor | None) -> None:
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    current = getattr(module, leaf)
+    current = get_tensor(model, name)
     if value is None:
         module.register_parameter(leaf, None)
     elif current is not None and current.shape == value.shape:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from refold import hosting
-from refold.attachment import Prepared, build_adapters, install, prepare
+from refold.attachment import Prepared, build_adapters, head_paths, install, prepare
 from refold.errors import MissingExtraError, RefoldError, SiteError, StoreError
 from refold.fingerprint import body_tensors, compare, fingerprint
 from refold.methods import Method, method_from_json
@@ -34,6 +34,9 @@ __all__ = ["Header", "from_pretrained", "load", "read_header", "save"]
 FORMAT = 1
 _MAX_HEADER = 16 * 2**20
 _MAX_JSON = 4 * 2**20
+#: What a stranger's file may ask ``from_pretrained`` to build: pixels a side, outputs of the head.
+_MAX_SIZE = 4096
+_MAX_OUTPUTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,16 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path
 
     Raises:
         SiteError: nothing is attached, or no adapter has this name.
-        StoreError: the path is unsuitable or cannot be written.
+        StoreError: the path is unsuitable or cannot be written, ``describe`` was given what JSON cannot hold, or
+            the model was merged with ``keep_base=False``.
     """
     state = require_state(model, "save")
+    if not state.kept_base:
+        raise StoreError(
+            "cannot be saved: merged without its base weights, the model cannot say which backbone it fits",
+            where=str(path),
+            remedy="Save before the merge, or merge with keep_base=True",
+        )
     target = Path(path)
     if target.suffix != ".safetensors":
         raise StoreError("the name does not end in .safetensors", where=str(target), remedy="Rename it")
@@ -90,28 +100,35 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path
     record = state.record(name)
     chosen = next(key for key, value in state.records.items() if value is record)
     tensors = _tensors_of(model, state, record, chosen)
-    metadata = {"refold": json.dumps(_header_json(model, state, record, chosen), allow_nan=False)}
     try:
-        _write_atomically(target, tensors, metadata)
-    except OSError as error:
-        raise StoreError(f"cannot be written ({error.strerror or error})", where=str(target)) from error
+        header = json.dumps(_header_json(model, state, record, chosen), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"what describe() was told does not fit in JSON: {error}", where=str(target)) from error
+    try:
+        _write_atomically(target, tensors, {"refold": header})
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"cannot be written ({reason})", where=str(target)) from error
     return target
 
 
-def load(model: nn.Module, source: str | Path, *, name: str | None = None, force: bool = False) -> nn.Module:
+def load(
+    model: nn.Module, source: str | Path, *, name: str | None = None, example: Any = None, force: bool = False
+) -> nn.Module:
     """Attach what an adapter file describes and load its weights, in place; the model is untouched on any error.
 
     Args:
         source: a file, or ``"hf-hub:user/repo"`` whose ``adapter.safetensors`` is downloaded.
         name: name for the adapter here; None keeps the file's.
+        example: an input for the probing forward, as for :func:`refold.attach`.
         force: load although the backbone's weights are not those the adapter was trained on.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        StoreError: no refold file, truncated, from a newer format, for another backbone, or sites missing.
-        SiteError: the name is taken or the model is merged.
+        StoreError: no refold file, truncated, from a newer format, for another backbone, or sites missing; the
+            name is taken, or the model is merged.
     """
     path, where = _fetch(source), str(source)
     header = read_header(path)
@@ -121,7 +138,7 @@ def load(model: nn.Module, source: str | Path, *, name: str | None = None, force
             model,
             header.method,
             name=name or header.name,
-            example=None,
+            example=example,
             trainable=header.head,
             allow_new_bias=header.allow_new_bias,
             strict=False,
@@ -168,7 +185,7 @@ def from_pretrained(source: str | Path, *, weights: str | Path | None = None, fo
 
     size = header.preprocessing.size if header.preprocessing else None
     channels = header.preprocessing.channels if header.preprocessing else None
-    outputs = int(header.extra.get("outputs", len(header.classes) if header.classes else 1))
+    outputs = header.extra.get("outputs", len(header.classes) if header.classes else 1)
     loaded = backbones.load(header.backbone, num_classes=outputs, in_chans=channels, image_size=size, weights=weights)
     return load(loaded.model, path, force=force).eval()
 
@@ -185,7 +202,9 @@ def _tensors_of(model: nn.Module, state: State, record: Record, name: str) -> di
             tensors[f"adapter/{site.path}/{key}"] = value
     in_use = name in (state.active, state.merged)
     for key in record.owned:
-        value = get_tensor(model, key) if in_use else record.values.get(key, state.base.get(key))
+        value = state.unfolded.get(key) if in_use else record.values.get(key, state.base.get(key))
+        if value is None:
+            value = get_tensor(model, key)
         assert value is not None
         tensors[f"model/{key}"] = value
     return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
@@ -295,7 +314,7 @@ def read_header(source: str | Path) -> Header:
                 where=where,
                 remedy="Upgrade refold",
             )
-        return Header(
+        header = Header(
             name=str(data["name"]),
             method=method_from_json(data["method"]),
             backbone=str(data["backbone"]),
@@ -312,8 +331,14 @@ def read_header(source: str | Path) -> Header:
         )
     except StoreError:
         raise
-    except (RefoldError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (RefoldError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise StoreError(f"the header is malformed ({type(error).__name__}: {error})", where=where) from error
+    outputs = header.extra.get("outputs", 1)
+    if not isinstance(outputs, int) or not 1 <= outputs <= _MAX_OUTPUTS:
+        raise StoreError(f"asks for {outputs!r} outputs", where=where)
+    if header.preprocessing is not None and max(header.preprocessing.size) > _MAX_SIZE:
+        raise StoreError(f"asks for images of {header.preprocessing.size} pixels", where=where)
+    return header
 
 
 def _safetensors_metadata(path: Path, where: str) -> dict[str, Any]:
@@ -379,13 +404,29 @@ def _require_shapes(model: nn.Module, prepared: Prepared, header: Header, file: 
     missing, extra = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     if missing or extra:
         raise StoreError(f"missing tensors {missing[:3]}, unexpected tensors {extra[:3]}", where=where)
+    classifiers = _classifiers(model, header.head)
+    outputs: dict[str, int] = {}
     for key, shape in expected.items():
-        # A head may differ in its number of classes, its first dimension, and in nothing else.
-        name = key.removeprefix("model/")
-        in_head = any(name == h or name.startswith(f"{h}.") for h in header.head)
-        same = stored[key][1:] == shape[1:] and len(stored[key]) == len(shape) if in_head else stored[key] == shape
-        if not same:
-            raise StoreError(f"{key} has shape {stored[key]}, this model needs {shape}", where=where)
+        # A classifier may differ in its number of classes, its first dimension, and in nothing else.
+        layer, found_shape = classifiers.get(key.removeprefix("model/")), stored[key]
+        if layer is not None and all(found_shape) and found_shape[1:] == shape[1:]:
+            shape = (outputs.setdefault(layer, found_shape[0]), *shape[1:])
+        if found_shape != shape:
+            raise StoreError(f"{key} has shape {found_shape}, this model needs {shape}", where=where)
+
+
+def _classifiers(model: nn.Module, head: tuple[str, ...]) -> dict[str, str]:
+    """Tensor name -> path of its layer, for the layers of the file's head that put out the model's classes."""
+    try:
+        own = head_paths(model)
+    except SiteError:
+        return {}
+    found: dict[str, str] = {}
+    for path in set(own).intersection(head):
+        names = [n for n, _ in model.named_parameters() if n.startswith(f"{path}.")]
+        last = names[-1].rpartition(".")[0]
+        found |= {name: last for name in names if name.rpartition(".")[0] == last}
+    return found
 
 
 def _info(header: Header) -> dict[str, Any]:

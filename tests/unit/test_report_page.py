@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from refold.bench.measure import environment
+from refold.bench.measure import environment, peak_memory
 from refold.errors import DataError, RefoldError
 from refold.report import write_report
 from refold.report.run import read_run
@@ -106,17 +106,26 @@ def write_run(folder, task, *, epochs=4):
         outputs = model(tensors["val"][0])
     targets, scores = tensors["val"][1], scores_of(task, outputs)
     summary = {
+        "method": "RepAdapter(rank=8)",
         "task": task,
+        "classes": None if task == "regress" else CLASSES,
+        "images": {"train": 240, "val": 90, "test": 0},
+        "skipped": [{"path": "stripes/broken.png", "reason": HOSTILE}],
         "parameters": 21_704_450 + sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters()),
         "file_bytes": 4 * sum(p.numel() for p in model.parameters()),
         "seconds": time.perf_counter() - start,
+        "epochs": epochs,
         "best_epoch": epochs,
-        "peak_memory": 612_000_000,
+        "selected_by": {"classify": "accuracy", "multilabel": "map", "regress": "mae"}[task],
+        "precision": "fp32",
+        "attention": "math",
+        "peak_memory": peak_memory("cpu"),
         "metrics": {"val": {"loss": lines[-1]["loss"], **metrics_of(task, outputs, targets)}},
+        "evaluated_split": "val",
     }
     if task != "regress":
-        summary |= {"classes": CLASSES, "per_class": per_class_table(scores, targets, CLASSES)}
+        summary["per_class"] = per_class_table(scores, targets, CLASSES)
     if task == "classify":
         summary["confusion"] = confusion_matrix(scores.argmax(1), targets, 3)
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -265,6 +274,9 @@ def test_page_holds_everything_of_a_classification_run(copy_of):
     assert f"{100 * accuracy:.1f} %" in page.text
     assert f"{summary['trainable_parameters']:,}" in page.text
     assert "RepAdapter on timm/test_vit" in page.text
+    assert "Data: stripes · 3 classes · 240 training / 90 validation images · rank=8" in page.text
+    assert "marks epoch 4, chosen on validation by accuracy" in page.text
+    assert f"stripes/broken.png {HOSTILE}" in page.text
     assert "refold train stripes --model timm/test_vit" in page.text
     assert "Holds: the merged model computes what the adapted one did" in page.text
     assert "2.2e-15" in page.text

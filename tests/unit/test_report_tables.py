@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from refold.inspection import Explanation, Row
+from refold.inspection import Row
 from refold.report import formats, grids, tables
 
 CERTIFICATE = {
@@ -153,14 +153,12 @@ def test_explain_table_shows_verdict_and_reason():
         Row("head", "head", "", 0, 770, True, "trained in the backbone's own tensors", ""),
         Row("norm", "-", "", 0, 0, False, "left out: not reached", ""),
     )
-    explanation = Explanation("default", "RepAdapter(rank=8)", "attached", rows, 1_190_600)
-    grid = grids.explain_grid(explanation)
-    assert grid.title == "default: RepAdapter(rank=8), attached; 11,906 of 1,190,600 parameters train (1.00 %)"
+    grid = grids.explain_grid(rows)
     assert grid.rows[0][3:] == ("folds", "the layer's bias", "folds exactly", "384", "9,216")
     assert grid.rows[1] == ("stages.0.[dw]", "input", "–", "does not fold", "–", "depthwise", "96", "1,920")
     assert [row[3] for row in grid.rows[2:]] == ["trained", "left out"]
     assert [grid.mark(i, 3) for i in range(4)] == ["good", "bad", "", ""]
-    assert "stages.0.[dw]" in shown(tables.explain_table(explanation))  # brackets are no markup
+    assert "stages.0.[dw]" in shown(tables.explain_table(rows))  # brackets are no markup
 
 
 def test_confused_pairs_are_the_most_frequent_mistakes():

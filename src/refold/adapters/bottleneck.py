@@ -72,7 +72,7 @@ class LinearBottleneck(ChannelAdapter):
         if up_bias is not None:
             # A column of ones carries the bias through the one product that also adds the residual: one pass
             # over the activation instead of three.
-            hidden = torch.cat((hidden, hidden.new_ones(len(hidden), 1)), dim=1)
+            hidden = torch.cat((hidden, hidden.new_ones(hidden.shape[0], 1)), dim=1)
             up = torch.cat((up, up_bias[:, None]), dim=1)
         return torch.addmm(rows, hidden, up.t()).view(x.shape)
 

@@ -107,9 +107,7 @@ class Timings(dict[str, Timing]):
         """
         for name in (a, b):
             if name not in self:
-                raise RefoldError(
-                    f"{name!r} was not measured in this run", remedy=f"Measured: {', '.join(self)}"
-                )
+                raise RefoldError(f"{name!r} was not measured in this run", remedy=f"Measured: {', '.join(self)}")
         pairs = zip(self[a].seconds, self[b].seconds, strict=True)
         return _median_interval([x / y for x, y in pairs])
 

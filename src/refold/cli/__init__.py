@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from refold.cli import adapt, demo, ship, shelf
+from refold.cli import adapt, demo, shelf, ship
 from refold.cli.console import error
 from refold.errors import RefoldError
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.text import Text
 
 __all__ = ["console", "error"]
 
-console = Console()
+#: Into a file or a pipe, tables get the room they need instead of the 80 columns of a terminal nobody sees.
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def error(message: str) -> None:

@@ -16,14 +16,16 @@ from refold.store import Header, read_header
 __all__ = ["Adapter", "Force", "Weights", "adapter_file", "load_adapted", "parse_method"]
 
 Adapter = Annotated[
-    str, typer.Argument(help="A run folder, an adapter file, or hf-hub:user/repo.", metavar="ADAPTER", show_default=False)
+    str,
+    typer.Argument(help="A run folder, an adapter file, or hf-hub:user/repo.", metavar="ADAPTER", show_default=False),
 ]
 Weights = Annotated[
     Path | None,
     typer.Option(help="Local checkpoint of the backbone (.safetensors, .npz, .pth), instead of its published weights."),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Load the adapter although the backbone's weights are not those it was trained on.")
+    bool,
+    typer.Option("--force", help="Load the adapter although the backbone's weights are not those it was trained on."),
 ]
 
 
@@ -56,7 +58,9 @@ def parse_method(text: str) -> Method:
 
 
 def _unreadable(text: str) -> SiteError:
-    return SiteError(f"cannot read {text!r}", where="--method", remedy="Write for example 'RepAdapter(rank=8, scale=5)'")
+    return SiteError(
+        f"cannot read {text!r}", where="--method", remedy="Write for example 'RepAdapter(rank=8, scale=5)'"
+    )
 
 
 def adapter_file(source: str) -> str:
@@ -70,7 +74,9 @@ def adapter_file(source: str) -> str:
         return source
     file = folder / "adapter.safetensors"
     if not file.is_file():
-        raise StoreError("the folder holds no adapter.safetensors", where=source, remedy="Has the run finished an epoch?")
+        raise StoreError(
+            "the folder holds no adapter.safetensors", where=source, remedy="Has the run finished an epoch?"
+        )
     return str(file)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from refold.cli.console import console
 from refold.methods import METHODS
@@ -22,7 +22,7 @@ def models(
     """
     from refold import backbones
 
-    table = Table("spec", "source", "parameters", "note", title="Backbones")
+    table = Table(Column("spec", overflow="fold"), "source", "parameters", "note", title="Backbones")
     for row in backbones.list_models(pattern):
         table.add_row(row.spec, row.source, "" if row.parameters is None else f"{row.parameters:,}", row.note)
     console.print(table)

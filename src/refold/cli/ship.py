@@ -12,7 +12,7 @@ import typer
 import refold
 from refold.cli.console import console
 from refold.cli.options import Adapter, Force, Weights, load_adapted, parse_method
-from refold.errors import MergeError
+from refold.errors import MergeError, StoreError
 
 __all__ = ["explain", "export", "merge"]
 
@@ -71,7 +71,10 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", show_default=False)],
     format: Annotated[Format, typer.Option(help="ONNX graph, torch.export program, or plain weights.")] = Format.ONNX,
     preprocessing: Annotated[
-        bool, typer.Option("--preprocessing", help="ONNX only: bake scaling and normalisation in; input is uint8.")
+        bool,
+        typer.Option(
+            "--preprocessing", help="Bake scaling and normalisation in (not for weights); the input is uint8."
+        ),
     ] = False,
     weights: Weights = None,
     force: Force = False,
@@ -85,10 +88,16 @@ def export(
     model, header = load_adapted(adapter, weights, force)
     refold.merge(model)
     prepared = header.preprocessing
+    if prepared is None:
+        raise StoreError(
+            "the adapter file does not say its preprocessing",
+            where=adapter,
+            remedy="Tell it with refold.describe(model, preprocessing=...) and save it again",
+        )
     if format is Format.ONNX:
         result = export_onnx(model, output, preprocessing=prepared, with_preprocessing=preprocessing)
     elif format is Format.PROGRAM:
-        result = export_program(model, output, preprocessing=prepared)
+        result = export_program(model, output, preprocessing=prepared, with_preprocessing=preprocessing)
     else:
         result = export_weights(model, output)
     console.print(f"{result.path}: {result.bytes:,} bytes", highlight=False)
@@ -98,7 +107,8 @@ def export(
 
 def explain(
     source: Annotated[
-        str, typer.Argument(help="A run folder or adapter file, or a model spec together with --method.", metavar="SOURCE")
+        str,
+        typer.Argument(help="A run folder or adapter file, or a model spec together with --method.", metavar="SOURCE"),
     ],
     method: Annotated[str | None, typer.Option(help="What to attach, for example 'RepAdapter(rank=16)'.")] = None,
     weights: Weights = None,

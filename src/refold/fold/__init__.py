@@ -8,11 +8,12 @@ from torch.nn.utils import parametrize
 from refold.fold.attention import AttentionKind
 from refold.fold.conv import CONVS, ConvKind
 from refold.fold.linear import LinearKind
-from refold.fold.norm import BatchNorm, NormKind
+from refold.fold.norm import NORMS, BatchNorm, NormKind
 from refold.fold.operator import LayerKind, Operator, fold_input, fold_output, input_shift
 
 __all__ = [
     "KINDS",
+    "NORMS",
     "BatchNorm",
     "LayerKind",
     "Operator",
@@ -29,7 +30,7 @@ KINDS: dict[str, LayerKind] = {kind.name: kind for kind in (LinearKind(), ConvKi
 _TYPES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Linear,), LinearKind.name),
     (CONVS, ConvKind.name),
-    ((nn.LayerNorm, nn.GroupNorm, BatchNorm), NormKind.name),
+    (NORMS, NormKind.name),
     ((nn.MultiheadAttention,), AttentionKind.name),
 )
 

@@ -7,9 +7,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from refold.fold.operator import Operator, map_first
 
-__all__ = ["BatchNorm", "NormKind"]
+__all__ = ["NORMS", "BatchNorm", "NormKind"]
 
 BatchNorm = _BatchNorm
+NORMS = (nn.LayerNorm, nn.GroupNorm, BatchNorm)
 
 
 class NormKind:

@@ -11,6 +11,7 @@ from torch import nn
 
 from refold.adapters import Adapter
 from refold.errors import SiteError
+from refold.hosting import adapter_parameters
 from refold.sites import Site, Skipped, Survey
 
 __all__ = ["Method", "Plan", "require"]
@@ -103,6 +104,11 @@ def are_sites(value: object) -> bool:
 
 
 def body_parameters(survey: Survey) -> dict[str, nn.Parameter]:
-    """The backbone's parameters by name, the head's left out."""
+    """The backbone's parameters by name, those of the head and of attached adapters left out."""
     inside = tuple(f"{h}." for h in survey.head)
-    return {n: p for n, p in survey.model.named_parameters() if not (inside and n.startswith(inside))}
+    adapters = adapter_parameters(survey.model)
+    return {
+        n: p
+        for n, p in survey.model.named_parameters()
+        if id(p) not in adapters and n not in survey.head and not n.startswith(inside)
+    }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from refold.report import formats
 
 if TYPE_CHECKING:
-    from refold.inspection import Explanation
+    from refold.inspection import Row
 
 __all__ = [
     "SPLITS",
@@ -232,10 +232,10 @@ def certificate_holds(certificate: Mapping[str, Any]) -> bool:
     return numbers and all(row[2] == "holds" for row in checks) and certificate.get("holds", True) is True
 
 
-def explain_grid(explanation: Explanation) -> Grid:
-    """What :func:`refold.explain` says: where adapters sit, whether each folds, and what was left out."""
+def explain_grid(rows: Sequence[Row]) -> Grid:
+    """The rows of :func:`refold.explain`: where adapters sit, whether each folds, and what was left out."""
     cells, marks = [], {}
-    for index, row in enumerate(explanation.rows):
+    for index, row in enumerate(rows):
         verdict = _NO_ADAPTER.get(row.slot)
         if verdict is None:
             verdict = "folds" if row.mergeable else "does not fold"
@@ -243,12 +243,7 @@ def explain_grid(explanation: Explanation) -> Grid:
         words = (row.path, row.slot, row.role, verdict, row.shift, row.reason)
         cells.append((*(word or formats.NONE for word in words), *_counts(row.width, row.parameters)))
     columns = ("path", "slot", "role", "verdict", "shift goes to", "reason", "width", "parameters")
-    share = formats.percent(explanation.trainable / max(explanation.total, 1), 2)
-    title = (
-        f"{explanation.name}: {explanation.method}, {explanation.state}; "
-        f"{explanation.trainable:,} of {explanation.total:,} parameters train ({share})"
-    )
-    return Grid(title, columns, tuple(cells), text_columns=6, marks=marks)
+    return Grid("Sites", columns, tuple(cells), text_columns=6, marks=marks)
 
 
 def _counts(*values: int) -> Iterator[str]:

@@ -88,6 +88,9 @@ def _head(run: Run) -> dict[str, Any]:
         facts.append(f"Data: {PurePath(str(data)).name}")
     if classes := summary.get("classes"):
         facts.append(f"{len(classes)} classes")
+    if images := summary.get("images"):
+        counts = (f"{formats.count(n)} {grids.SPLITS.get(split, split)}" for split, n in images.items() if n)
+        facts.append(" / ".join(counts) + " images")
     if isinstance(method, Mapping) and (details := {k: v for k, v in method.items() if k != "name" and v is not None}):
         facts.append(formats.plain(details))
     if (seed := settings.get("seed")) is not None:
@@ -98,13 +101,21 @@ def _head(run: Run) -> dict[str, Any]:
     if run.unreadable:
         lines = "one line" if run.unreadable == 1 else f"{run.unreadable} lines"
         notes.append(f"{lines} of metrics.jsonl could not be read, as when a run is killed while writing.".capitalize())
+    if skipped := summary.get("skipped"):
+        notes.append(f"Images left out because they cannot be read: {len(skipped)}; listed below.")
     return {
         "title": title,
+        "skipped": _skipped_grid(skipped) if skipped else None,
         "task": TASKS.get(summary.get("task", ""), ""),
         "subtitle": " · ".join(facts),
         "notes": notes,
         "tiles": _tiles(run),
     }
+
+
+def _skipped_grid(skipped: Sequence[Mapping[str, Any]]) -> Grid:
+    rows = tuple((str(item.get("path", "")), str(item.get("reason", ""))) for item in skipped)
+    return Grid("Images left out", ("file", "reason"), rows, text_columns=2)
 
 
 def _tiles(run: Run) -> list[dict[str, str]]:
@@ -155,12 +166,14 @@ def _share(summary: Mapping[str, Any]) -> str:
 def _training(run: Run) -> dict[str, Any]:
     from refold.report import figures
 
-    best = run.summary.get("best_epoch")
+    best, metric = run.summary.get("best_epoch"), run.summary.get("selected_by")
     curves = figures.learning_curves(run.metrics, best_epoch=best)
     metrics = run.summary.get("metrics")
     return {
         "curves": [_svg(figure, f"{name} by epoch") for name, figure in curves.items()],
-        "best_epoch": best,
+        "chosen": f"The dotted line marks epoch {best}, chosen on validation by {grids.metric_title(metric)}."
+        if curves and best is not None and metric
+        else "",
         "metrics": grids.metrics_grid(metrics) if metrics else None,
     }
 
@@ -170,7 +183,7 @@ def _results(run: Run) -> dict[str, Any]:
 
     summary = run.summary
     classes, confusion, rows = summary.get("classes"), summary.get("confusion"), summary.get("per_class")
-    split, _ = _final_metrics(summary)
+    split = summary.get("evaluated_split") or ""
     page: dict[str, Any] = {
         "split": grids.SPLITS.get(split, split),
         "per_class": grids.per_class_grid(rows) if rows else None,
@@ -251,6 +264,8 @@ def _cost(run: Run) -> dict[str, Any]:
         ("trainable parameters", formats.count(summary.get("trainable_parameters")) + share),
         ("adapter file", formats.size(summary.get("file_bytes"))),
         ("training time", formats.duration(summary.get("seconds"))),
+        ("precision", summary.get("precision") or formats.NONE),
+        ("attention kernel in training", summary.get("attention") or formats.NONE),
         ("peak memory", formats.size(summary.get("peak_memory"))),
     ]
     rows = [row for row in rows if row[1] != formats.NONE]

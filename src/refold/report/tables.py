@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from refold.report import grids
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from refold.inspection import Explanation
+    from refold.inspection import Row
 
 __all__ = ["certificate_table", "cost_table", "explain_table", "results_table", "rich_table"]
 
@@ -65,6 +65,6 @@ def cost_table(cost: Mapping[str, Any]) -> Table:
     return rich_table(grids.cost_grid(cost))
 
 
-def explain_table(explanation: Explanation) -> Table:
-    """The sites of :func:`refold.explain`."""
-    return rich_table(grids.explain_grid(explanation))
+def explain_table(rows: Sequence[Row]) -> Table:
+    """The rows of :func:`refold.explain`."""
+    return rich_table(grids.explain_grid(rows))

@@ -1,0 +1,197 @@
+"""``refold train``, ``evaluate`` and ``predict``: a model for your images."""
+
+from __future__ import annotations
+
+import csv
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refold.cli.console import console, error
+from refold.cli.options import Adapter, Force, Weights, parse_method
+
+__all__ = ["evaluate", "predict", "train"]
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="A folder with a folder per class, a CSV, VTAB-style lists, or packaged/elpv, packaged/textile.",
+        metavar="DATA",
+    ),
+]
+
+
+def train(
+    data: Data,
+    model: Annotated[str, typer.Option("--model", "-m", help="Backbone spec; see `refold models`.")] = (
+        "timm/vit_base_patch16_224.augreg_in21k"
+    ),
+    method: Annotated[
+        str, typer.Option(help="Method and hyper-parameters, for example 'RepAdapter(scale=5)'.")
+    ] = "RepAdapter",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.")] = Path("runs/train"),
+    weights: Weights = None,
+    train_list: Annotated[
+        str | None, typer.Option("--train", help="Explicit training split, relative to DATA.")
+    ] = None,
+    val_list: Annotated[str | None, typer.Option("--val", help="Explicit validation split.")] = None,
+    test_list: Annotated[str | None, typer.Option("--test", help="Explicit test split.")] = None,
+    target: Annotated[str | None, typer.Option(help="Target column of a CSV.")] = None,
+    split: Annotated[
+        tuple[float, float, float],
+        typer.Option(help="Shares (or counts) of train, val and test where DATA has no splits of its own."),
+    ] = (0.8, 0.2, 0.0),
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Images a step, over all processes.")] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the adapter.")] = 1e-3,
+    head_lr: Annotated[float | None, typer.Option(help="Peak learning rate of the head; as --lr if not given.")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW; biases and norms are left out.")] = 1e-4,
+    warmup_epochs: Annotated[float | None, typer.Option(help="A tenth of --epochs if not given.")] = None,
+    drop_path: Annotated[float, typer.Option(help="Stochastic depth of the backbone.")] = 0.1,
+    label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
+    mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0 is off.")] = 0.0,
+    cutmix: Annotated[float, typer.Option(help="Alpha of cutmix; 0 is off.")] = 0.0,
+    augment: Annotated[
+        str, typer.Option(help="none, flip, light, randaugment, or a timm preset such as rand-m7-n4.")
+    ] = "none",
+    class_weights: Annotated[str | None, typer.Option(help="'balanced' weighs classes by inverse frequency.")] = None,
+    clip_grad: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    image_size: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
+    in_chans: Annotated[int | None, typer.Option(help="Input channels.")] = None,
+    normalize: Annotated[str, typer.Option(help="model, imagenet, inception or none.")] = "model",
+    crop: Annotated[str, typer.Option(help="squash (the VTAB resize) or center.")] = "squash",
+    select: Annotated[str | None, typer.Option(help="Validation metric that chooses the best epoch.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the order, augmentation, dropout and initialisation.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that decode data sets too large for memory.")] = 0,
+    pretrained: Annotated[bool, typer.Option("--pretrained/--random-weights", help="Backbone weights.")] = True,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Leave out files that cannot be decoded, and list them.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+) -> None:
+    """Train an adapter for your images; the best epoch on validation is kept, test is scored once.
+
+    Example: refold train photos/ --model timm/vit_small_patch16_224 --method "RepAdapter(scale=5)" -o runs/a
+    """
+    from refold.report import tables, write_report
+    from refold.training import TrainConfig
+    from refold.training import train as run
+
+    config = TrainConfig(
+        data=data,
+        model=model,
+        method=parse_method(method),
+        output=str(output),
+        weights=None if weights is None else str(weights),
+        train=train_list,
+        val=val_list,
+        test=test_list,
+        target=target,
+        fractions=split,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        head_lr=head_lr,
+        weight_decay=weight_decay,
+        warmup_epochs=warmup_epochs,
+        drop_path=drop_path,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        cutmix=cutmix,
+        augment=augment,
+        class_weights=class_weights,
+        clip_grad=clip_grad,
+        precision=precision,
+        image_size=image_size,
+        in_chans=in_chans,
+        normalize=normalize,
+        crop=crop,
+        select=select,
+        seed=seed,
+        workers=workers,
+        pretrained=pretrained,
+        skip_bad_images=skip_bad_images,
+    )
+    try:
+        result = run(config, resume=resume, progress=None)
+    except KeyboardInterrupt as stop:
+        for note in getattr(stop, "__notes__", ["Stopped."]):
+            error(note)
+        raise typer.Exit(130) from None
+    if not result.main_process:
+        return
+    for path, reason in result.skipped:
+        error(f"skipped {path}: {reason}")
+    console.print(tables.results_table({config.method.describe(): result.summary}))
+    console.print(f"Report: {write_report(output)}\nAdapter: {output / 'adapter.safetensors'}")
+
+
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[str | None, typer.Argument(help="Labelled images; the run's own data if not given.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    target: Annotated[str | None, typer.Option(help="Target column of a CSV.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 64,
+    weights: Weights = None,
+    force: Force = False,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Leave out files that cannot be decoded.")
+    ] = False,
+) -> None:
+    """Score an adapted model on labelled images, in float32.
+
+    Example: refold evaluate runs/a photos/ --split test
+    """
+    from refold.report.grids import metrics_grid, per_class_grid
+    from refold.report.tables import rich_table
+    from refold.training import evaluate as run
+
+    result = run(
+        adapter,
+        data,
+        split=split,
+        target=target,
+        batch_size=batch_size,
+        weights=weights,
+        force=force,
+        skip_bad_images=skip_bad_images,
+    )
+    console.print(rich_table(metrics_grid({split: result.metrics})))
+    if "per_class" in result.details:
+        console.print(rich_table(per_class_grid(result.details["per_class"])))
+
+
+def predict(
+    adapter: Adapter,
+    images: Annotated[str, typer.Argument(help="An image, or a folder of images.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="CSV to write; the terminal if not given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 64,
+    weights: Weights = None,
+    force: Force = False,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Leave out files that cannot be decoded.")
+    ] = False,
+) -> None:
+    """Predict with an adapted model: one row an image, with a score for each class.
+
+    Example: refold predict runs/a new-photos/ --output predictions.csv
+    """
+    import sys
+
+    from refold.errors import DataError
+    from refold.training import predict as run
+
+    if output is not None and not output.parent.is_dir():
+        raise DataError("the folder does not exist", where=str(output.parent), remedy="Create it first")
+    rows = run(adapter, images, batch_size=batch_size, weights=weights, force=force, skip_bad_images=skip_bad_images)
+    with output.open("w", newline="") if output is not None else nullcontext(sys.stdout) as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    if output is not None:
+        console.print(f"{len(rows)} predictions: {output}")

@@ -1,0 +1,199 @@
+"""Batches of normalised images, the same for the same seed and epoch, whatever the machine does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from refold.data.augmentation import Augmentation, make_augmentation
+from refold.data.decoding import MODES
+from refold.data.images import ImageSet
+from refold.data.parallel import available_cpus, one_torch_thread
+from refold.data.randomness import generator
+from refold.errors import DataError
+from refold.preprocessing import Preprocessing
+
+__all__ = ["Loader"]
+
+Plan = tuple[Tensor, Tensor]  # (B,) indices into the image set, and (B, columns) random numbers
+
+
+class Loader:
+    """Iterate over ``(images, targets)``: (B, C, H, W) float32 normalised, and the targets of those images.
+
+    Images are decoded once, here and now, if they fit in memory (:meth:`ImageSet.hold`), else at every pass. Order
+    and augmentation are a function of (seed, epoch, sample) alone: they do not depend on batch size, number of
+    processes, workers or caching, and neither read nor change the global random state. To resume after epoch 3 is
+    ``set_epoch(3)``.
+
+    With several processes each takes its share of every batch. Shuffled, all have equally many images in each
+    batch: the last one is filled up from the front of the order. Not shuffled, every image comes exactly once, and
+    processes may differ by one image (and so by one batch).
+
+    Args:
+        image_set: what to read.
+        preprocessing: evaluation preprocessing; has 1 or 3 channels. One-channel sets are repeated for three.
+        batch_size: images of a step, over all processes together; a multiple of ``world``.
+        augment: ``"none"``, ``"flip"``, ``"light"``, ``"randaugment"`` or a policy of timm, see
+            :mod:`refold.data.augmentation`; None is ``"none"``.
+        shuffle: a new order every epoch, as for training.
+        drop_last: leave out the images of a last batch that is not full.
+        seed: of order and augmentation.
+        rank, world: this process and how many there are.
+        workers: processes that read ahead, where images are decoded at every pass or augmented one by one; at most
+            the CPUs there are. 0 does it in this process.
+
+    Raises:
+        DataError: an argument out of range, an empty loader, or a file that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        augment: str | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise DataError(f"must be at least 0 and under world ({world}), not {rank}", where="rank")
+        if batch_size < 1 or batch_size % world:
+            raise DataError(f"must be a positive multiple of {world} processes, not {batch_size}", where="batch_size")
+        if workers < 0:
+            raise DataError(f"must be 0 or more, not {workers}", where="workers")
+        if not len(image_set):
+            raise DataError("the image set is empty", where="image_set")
+        if drop_last and len(image_set) < batch_size:
+            raise DataError(
+                f"{len(image_set)} images are no full batch of {batch_size}", where="batch_size", remedy="Lower it"
+            )
+        if preprocessing.channels not in MODES:
+            raise DataError(
+                f"the model takes {preprocessing.channels} channels; image files give 1 or 3", where="preprocessing"
+            )
+        self._image_set = image_set
+        self._augmentation = make_augmentation(augment, preprocessing, min(image_set.channels, preprocessing.channels))
+        std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
+        mean = torch.tensor(preprocessing.mean, dtype=torch.float64)[:, None, None]
+        self._scale, self._shift = (1 / (255 * std)).float(), (-mean / std).float()
+        self._plans = _Plans(
+            count=len(image_set),
+            columns=self._augmentation.columns,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=seed,
+            rank=rank,
+            world=world,
+        )
+        self.set_epoch(0)
+        in_memory = image_set.hold(self._augmentation.rendering)
+        processes = 0 if in_memory and not self._augmentation.slow else min(workers, available_cpus())
+        self._loader = DataLoader(
+            _Batches(image_set, self._augmentation),
+            sampler=self._plans,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=processes,
+            persistent_workers=processes > 0,
+            generator=torch.Generator(),  # the default would draw from the global one
+        )
+
+    def __len__(self) -> int:
+        """Batches of this process in one epoch."""
+        return len(self._plans)
+
+    @property
+    def indices(self) -> Tensor:
+        """(n,) int64: the images of this process in the coming epoch, in order."""
+        return torch.cat([indices for indices, _ in self._plans])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, of the next iteration.
+
+        Raises:
+            DataError: a negative one.
+        """
+        generator(self._plans.seed, epoch, "order")  # complains about bad numbers now
+        self._plans.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = iter(self._loader)
+        while True:
+            with one_torch_thread():
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                if isinstance(batch, DataError):
+                    raise batch
+                images, indices, randomness = batch
+                images = torch.addcmul(self._shift, images.float(), self._scale)  # one channel becomes three here
+                images = self._augmentation.finish(images, randomness)
+            yield images, self._image_set.targets[indices]
+
+
+@dataclass(eq=False, kw_only=True)
+class _Plans(Sampler[Plan]):
+    """What each batch of this process consists of."""
+
+    count: int
+    columns: int
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    seed: int
+    rank: int
+    world: int
+    epoch: int = 0
+
+    @property
+    def total(self) -> int:
+        """Images of one epoch, over all processes."""
+        if self.drop_last:
+            return self.count // self.batch_size * self.batch_size
+        return -(-self.count // self.world) * self.world if self.shuffle else self.count
+
+    def __len__(self) -> int:
+        mine = len(range(self.rank, self.total, self.world))
+        return -(-mine // (self.batch_size // self.world))
+
+    def __iter__(self) -> Iterator[Plan]:
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=generator(self.seed, self.epoch, "order"))
+        order = order[torch.arange(self.total) % self.count]
+        source = generator(self.seed, self.epoch, "augmentation")
+        draws = torch.rand(self.count, self.columns, dtype=torch.float64, generator=source)
+        for indices in order[self.rank :: self.world].split(self.batch_size // self.world):
+            if len(indices):
+                yield indices, draws[indices]
+
+
+class _Batches(Dataset[Any]):
+    """Reads and augments one batch; in a worker process, or in this one."""
+
+    def __init__(self, image_set: ImageSet, augmentation: Augmentation) -> None:
+        self._image_set, self._augmentation = image_set, augmentation
+
+    def __getitem__(self, plan: Plan) -> tuple[Tensor, Tensor, Tensor] | DataError:
+        indices, randomness = plan
+        try:
+            images = self._image_set.render(indices, self._augmentation.rendering)
+        except DataError as error:  # raised by a worker, it would arrive wrapped in a traceback
+            return error
+        return self._augmentation(images, randomness), indices, randomness
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

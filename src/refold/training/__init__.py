@@ -1,0 +1,27 @@
+"""Training, evaluation and prediction."""
+
+from __future__ import annotations
+
+from refold.training.build import Ready, resolve
+from refold.training.config import Recipe, TrainConfig
+from refold.training.evaluation import Evaluation, evaluate
+from refold.training.job import TrainResult, train
+from refold.training.loop import Fit, fit
+from refold.training.prediction import Predictions, predict
+from refold.training.run import RunFolder
+
+__all__ = [
+    "Evaluation",
+    "Fit",
+    "Predictions",
+    "Ready",
+    "Recipe",
+    "RunFolder",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
+    "fit",
+    "predict",
+    "resolve",
+    "train",
+]

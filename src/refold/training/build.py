@@ -1,0 +1,112 @@
+"""From a config, a run folder, an adapter file or a model to something that can be trained, scored or asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import refold
+from refold.attachment import description
+from refold.errors import DataError
+from refold.preprocessing import Preprocessing
+from refold.state import state_of
+from refold.store import read_header
+from refold.training.config import TrainConfig
+from refold.training.tasks import Task, plain_task
+
+__all__ = ["Ready", "build_attached", "build_backbone", "resolve"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A trained model with what it takes to use it.
+
+    Attributes:
+        model: in eval mode.
+        preprocessing: how images become its input.
+        task: what its outputs mean.
+        config: of the run it comes from, None for files and models.
+    """
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    task: Task
+    config: TrainConfig | None = None
+
+
+def build_backbone(config: TrainConfig, outputs: int) -> tuple[nn.Module, str, Preprocessing]:
+    """The config's backbone with a fresh head of ``outputs`` outputs, its spec, and its preprocessing.
+
+    Random weights, the head's among them, are a function of the seed; the global random state is left alone.
+    """
+    from refold import backbones
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        loaded = backbones.load(
+            config.model,
+            num_classes=outputs,
+            in_chans=config.in_chans,
+            image_size=config.image_size,
+            weights=config.weights,
+            pretrained=config.pretrained,
+            drop_path=config.drop_path,
+        )
+    normalized = backbones.with_normalization(loaded.preprocessing, config.normalize)
+    return loaded.model, loaded.spec, replace(normalized, crop=config.crop)
+
+
+def build_attached(config: TrainConfig, kind: str, classes: list[str] | None) -> tuple[nn.Module, Preprocessing]:
+    """The backbone with the config's method attached and described; its start is a function of the seed."""
+    model, spec, preprocessing = build_backbone(config, len(classes) if classes else 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        example = torch.randn(1, preprocessing.channels, *preprocessing.size)
+        refold.attach(model, config.method, example=example)
+    refold.describe(model, backbone=spec, classes=classes, preprocessing=preprocessing, task=kind)
+    return model, preprocessing
+
+
+def resolve(source: nn.Module | str | Path, *, weights: str | Path | None = None, force: bool = False) -> Ready:
+    """A trained model from whatever names one.
+
+    Args:
+        source: a model with an adapter attached or merged, a run folder, an adapter file, or ``"hf-hub:user/repo"``.
+        weights: local checkpoint of the backbone, for a file; a run folder knows its own.
+        force: load although the backbone's weights are not those the adapter was trained on.
+
+    Raises:
+        DataError: the model or file does not say which preprocessing and task it was trained for.
+        StoreError: the file cannot be read or does not fit.
+        BackboneError: the backbone cannot be loaded.
+    """
+    config, where = None, str(source)
+    if isinstance(source, nn.Module):
+        model, where = source, type(source).__name__
+        if state_of(model) is None:
+            raise DataError(
+                "has no adapter, so nothing tells its classes and preprocessing",
+                where=where,
+                remedy="Pass a model from refold.load, an adapter file or a run folder",
+            )
+    elif Path(source).is_dir():
+        config, file = TrainConfig.load(source), Path(source) / "adapter.safetensors"
+        if config.pretrained:
+            model = refold.from_pretrained(file, weights=weights or config.weights, force=force)
+        else:
+            classes = read_header(file).classes
+            model = refold.load(build_backbone(config, len(classes) if classes else 1)[0], file, force=force)
+    else:
+        model = refold.from_pretrained(source, weights=weights, force=force)
+    info = description(model)
+    for name in ("preprocessing", "task"):
+        if name not in info:
+            raise DataError(
+                f"does not say its {name}",
+                where=where,
+                remedy=f"Tell it with refold.describe(model, {name}=...) and save it again",
+            )
+    return Ready(model.eval(), info["preprocessing"], plain_task(info["task"], info.get("classes")), config)

@@ -1,0 +1,289 @@
+"""Settings of one run: plain, frozen, checked where they are made, the same in Python, JSON and the CLI."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from refold.errors import DataError
+from refold.methods import METHODS, Method, method_from_json
+
+__all__ = ["Recipe", "TrainConfig"]
+
+PRECISIONS = ("auto", "fp32", "bf16")
+ATTENTIONS = ("auto", "default", "math")
+#: Settings that may differ when a run is resumed: where it lies and how fast images are decoded.
+FREE_SETTINGS = ("output", "workers", "cache")
+RUN_FACTS = ("environment", "command")  # what config.json holds beside the settings
+NORMALIZATIONS = ("model", "imagenet", "inception", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How an attached model is optimised: all that :func:`refold.training.fit` needs beside model and data.
+
+    The defaults are the recipe that the VTAB-1k literature shares (NOAH, Convpass, FacT, RepAdapter): AdamW,
+    learning rate 1e-3, weight decay 1e-4, 100 epochs, a tenth of them warm-up, cosine decay to 1e-5, batch
+    64, plain resize, nothing else.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: images a step, over all processes together.
+        lr: peak learning rate of the adapters.
+        head_lr: peak learning rate of the head; None means ``lr``.
+        weight_decay: of AdamW, on everything but biases and one-dimensional parameters.
+        warmup_epochs: epochs of linear warm-up, fractions allowed; None means a tenth of ``epochs``.
+        warmup_lr: learning rate of the first warm-up step.
+        min_lr: learning rate at the end of the cosine.
+        label_smoothing: share of the target spread over all classes.
+        mixup: alpha of mixup's Beta distribution; 0 means off.
+        cutmix: alpha of cutmix's; with both on, each batch draws one of the two.
+        augment: name of an augmentation of :class:`refold.data.Loader`; ``"none"`` is the plain resize.
+        class_weights: ``"balanced"`` weighs classes by inverse frequency in the training set.
+        clip_grad: largest allowed norm of the gradient; None means no clipping.
+        precision: ``"bf16"`` (autocast, frozen weights held in bfloat16), ``"fp32"``, or ``"auto"``: bf16
+            where the device has instructions for it.
+        attention: kernel of scaled dot-product attention in training steps: ``"default"`` (what PyTorch
+            picks), ``"math"``, or ``"auto"``: the faster of the two, measured on this device and size.
+        select: validation metric that chooses the best epoch; None means the task's own (accuracy, mean
+            average precision, or mean absolute error).
+        seed: of order, augmentation, dropout and initialisation.
+        workers: processes that decode images of data sets too large for memory.
+    """
+
+    epochs: int = 100
+    batch_size: int = 64
+    lr: float = 1e-3
+    head_lr: float | None = None
+    weight_decay: float = 1e-4
+    warmup_epochs: float | None = None
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augment: str = "none"
+    class_weights: str | None = None
+    clip_grad: float | None = None
+    precision: str = "auto"
+    attention: str = "auto"
+    select: str | None = None
+    seed: int = 0
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        self._integer("epochs", least=1)
+        self._integer("batch_size", least=1)
+        self._integer("seed", least=0)
+        self._integer("workers", least=0)
+        self._number("lr", lambda v: v > 0, "positive")
+        self._number("head_lr", lambda v: v > 0, "positive", optional=True)
+        self._number("weight_decay", lambda v: v >= 0, "0 or more")
+        self._number(
+            "warmup_epochs", lambda v: 0 <= v < self.epochs, f"at least 0 and under epochs ({self.epochs})",
+            optional=True,
+        )  # fmt: skip
+        lowest = min(self.lr, self.head_lr or self.lr)
+        for name in ("warmup_lr", "min_lr"):
+            self._number(name, lambda v: 0 <= v <= lowest, f"between 0 and the learning rate {lowest:g}")
+        self._number("label_smoothing", lambda v: 0 <= v < 1, "at least 0 and under 1")
+        self._number("mixup", lambda v: v >= 0, "0 or more")
+        self._number("cutmix", lambda v: v >= 0, "0 or more")
+        self._number("clip_grad", lambda v: v > 0, "positive", optional=True)
+        self._choice("class_weights", (None, "balanced"))
+        self._choice("precision", PRECISIONS)
+        self._choice("attention", ATTENTIONS)
+        self._text("augment")
+        self._text("select", optional=True)
+
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of warm-up, given the steps of an epoch; always fewer than the run has."""
+        epochs = self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
+        return min(round(epochs * steps_per_epoch), self.epochs * steps_per_epoch - 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data by field name."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked again.
+
+        Raises:
+            DataError: a field that does not exist, or a value out of range.
+        """
+        self._known(changes, where="settings")
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def _known(cls, names: Any, *, where: str) -> None:
+        fields = [item.name for item in dataclasses.fields(cls)]
+        for name in names:
+            if name not in fields:
+                raise DataError(f"unknown setting {name!r}", where=where, remedy=f"Known: {', '.join(fields)}")
+
+    def _number(self, name: str, valid: Callable[[float], bool], rule: str, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f"must be a number, not {value!r}", where=name)
+        if not math.isfinite(value) or not valid(value):
+            raise DataError(f"must be {rule}, not {value!r}", where=name)
+
+    def _integer(self, name: str, *, least: int, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise DataError(f"must be a whole number of at least {least}, not {value!r}", where=name)
+
+    def _choice(self, name: str, choices: tuple[str | None, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise DataError(
+                f"must be one of {', '.join(str(c) for c in choices)}, not {getattr(self, name)!r}",
+                where=name,
+            )
+
+    def _text(self, name: str, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if not isinstance(value, str) or not value:
+            raise DataError(f"must be a non-empty text, not {value!r}", where=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Recipe):
+    """Settings of :func:`refold.train`: the :class:`Recipe`, the model, the data and the run folder.
+
+    Attributes:
+        data: a folder, CSV or list, as :func:`refold.data.load_dataset` understands it.
+        train, val, test: explicit split lists, relative to ``data``.
+        target: target column of a CSV.
+        fractions: shares, or counts, of train, validation and test where no explicit split is given; None, once,
+            takes all the rest.
+        skip_bad_images: leave out files that cannot be decoded instead of stopping.
+        cache: keep decoded images in memory: ``"auto"``, or see :func:`refold.data.load_dataset`.
+        model: backbone spec, such as ``"timm/vit_base_patch16_224"``.
+        weights: local checkpoint for the backbone.
+        pretrained: False starts from random backbone weights.
+        in_chans: input channels; None means what the backbone was trained with.
+        image_size: side of the model's input in pixels; None means the backbone's own.
+        normalize: ``"model"`` (the backbone's own mean and std), ``"imagenet"``, ``"inception"``
+            (inputs in [-1, 1]) or ``"none"`` (inputs in [0, 1]).
+        crop: ``"squash"`` resizes straight to the input size (the VTAB recipe), ``"center"`` cuts the centre.
+        drop_path: rate of stochastic depth in the backbone.
+        method: how to adapt: an instance of one of :data:`refold.methods.METHODS`.
+        output: run folder to write.
+        evaluate_test: score the best epoch on the test split when there is one.
+    """
+
+    data: str
+    train: str | None = None
+    val: str | None = None
+    test: str | None = None
+    target: str | None = None
+    fractions: tuple[float | None, float | None, float | None] = (0.8, 0.2, 0.0)
+    skip_bad_images: bool = False
+    cache: str = "auto"
+    model: str
+    weights: str | None = None
+    pretrained: bool = True
+    in_chans: int | None = None
+    image_size: int | None = None
+    normalize: str = "model"
+    crop: str = "squash"
+    drop_path: float = 0.1
+    method: Method
+    output: str
+    evaluate_test: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("data", "output", "weights"):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        for name in ("data", "model", "output", "cache"):
+            self._text(name)
+        for name in ("train", "val", "test", "target", "weights"):
+            self._text(name, optional=True)
+        for name in ("skip_bad_images", "pretrained", "evaluate_test"):
+            if not isinstance(getattr(self, name), bool):
+                raise DataError(f"must be true or false, not {getattr(self, name)!r}", where=name)
+        self._integer("in_chans", least=1, optional=True)
+        self._integer("image_size", least=1, optional=True)
+        self._choice("normalize", NORMALIZATIONS)
+        self._choice("crop", ("squash", "center"))
+        self._number("drop_path", lambda v: 0 <= v < 1, "at least 0 and under 1")
+        self._fractions()
+        if not isinstance(self.method, Method):
+            raise DataError(
+                f"must be one of {', '.join(METHODS)}, not {self.method!r}",
+                where="method",
+                remedy="For example: refold.RepAdapter(rank=8)",
+            )
+
+    def _fractions(self) -> None:
+        values = self.fractions
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise DataError(f"must be three numbers, not {values!r}", where="fractions")
+        for value in values:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value < math.inf):
+                raise DataError(f"must be numbers of 0 or more, not {values!r}", where="fractions")
+        given = [value for value in values if value is not None]
+        if any(value > 1 for value in given):  # counts, which a command line may have made floats
+            if any(value != int(value) for value in given):
+                raise DataError(f"must be all shares or all counts, not {values!r}", where="fractions")
+            values = [value if value is None else int(value) for value in values]
+        object.__setattr__(self, "fractions", tuple(values))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, from which :meth:`from_json` makes an equal config."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "method"}
+        return json.loads(json.dumps({**data, "method": self.method.to_json()}))
+
+    @classmethod
+    def of(cls, **settings: Any) -> TrainConfig:
+        """The same as the constructor, with its complaints about names as errors of refold.
+
+        Raises:
+            DataError: naming the field that is missing, unknown or out of range.
+        """
+        cls._known(settings, where="settings")
+        for item in dataclasses.fields(cls):
+            if item.default is dataclasses.MISSING and item.name not in settings:
+                raise DataError("is missing", where=item.name)
+        return cls(**settings)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TrainConfig:
+        """Rebuild from :meth:`to_json`.
+
+        Raises:
+            DataError: naming the field that is missing, unknown or out of range.
+            SiteError: the method is unknown or invalid.
+        """
+        method = data.get("method")
+        return cls.of(**(data | ({"method": method_from_json(method)} if isinstance(method, dict) else {})))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TrainConfig:
+        """The config of an existing run folder.
+
+        Raises:
+            DataError: the folder has no readable ``config.json``.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot be read ({error})", where=str(path), remedy="Is this a run folder?") from error
+        if not isinstance(content, dict):
+            raise DataError("holds no settings", where=str(path), remedy="Is this a run folder?")
+        return cls.from_json({k: v for k, v in content.items() if k not in RUN_FACTS})

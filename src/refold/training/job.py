@@ -1,0 +1,191 @@
+"""``refold.train``: data, backbone, adapter, training, evaluation and the run folder, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import refold
+from refold.preprocessing import Preprocessing
+from refold.training.build import build_attached
+from refold.training.config import TrainConfig
+from refold.training.evaluation import Evaluation, load_splits, score
+from refold.training.inference import start_accelerator
+from refold.training.loop import Fit, fit
+from refold.training.run import RunFolder
+
+if TYPE_CHECKING:
+    from refold.data import Splits
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What :func:`train` returns.
+
+    Attributes:
+        model: attached, in eval mode, at its best epoch, with the backbone's float32 originals.
+        output: the run folder.
+        adapter: the adapter file in it.
+        fit: history, best epoch, time.
+        evaluations: by split (``"val"``, ``"test"``), in float32.
+        preprocessing: how images become the model's input.
+        summary: content of ``summary.json``.
+        skipped: (path, reason) of the images left out.
+        main_process: whether this process wrote the folder; only that one should print.
+    """
+
+    model: nn.Module
+    output: Path
+    adapter: Path
+    fit: Fit
+    evaluations: dict[str, Evaluation]
+    preprocessing: Preprocessing
+    summary: dict[str, Any]
+    skipped: list[tuple[str, str]]
+    main_process: bool
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Metrics of the best epoch by split."""
+        return {split: evaluation.metrics for split, evaluation in self.evaluations.items()}
+
+
+def train(
+    config: TrainConfig | None = None,
+    /,
+    *,
+    resume: bool = False,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Adapt a backbone to a data set and write a run folder.
+
+    The best epoch is chosen on the validation split alone, then scored in float32 on the validation and the
+    test split. Under ``accelerate launch`` every process calls this with the same arguments; the first one
+    writes, and ``output`` must be one folder for all.
+
+    The folder holds ``config.json``, ``metrics.jsonl``, ``adapter.safetensors`` (best epoch), ``checkpoint.pt``
+    (last epoch), ``tensorboard/``, ``predictions.csv`` and ``thumbnails/`` (of the test split, else of the
+    validation split), and ``summary.json``.
+
+    Args:
+        config: all settings; or give them by keyword.
+        resume: go on with a run that was stopped: same settings, same folder. On the CPU the result is the
+            uninterrupted run's, bit for bit. Starts anew where there is no checkpoint yet.
+        on_epoch: called on the first process with each record of ``metrics.jsonl`` as it appears.
+        progress: bars on standard error; None shows them on a terminal.
+        settings: fields of :class:`TrainConfig`; beside a ``config`` they replace its values.
+
+    Raises:
+        DataError: a bad setting, bad data, an output folder in use, or a resumed run with other settings.
+        BackboneError, SiteError: the backbone cannot be loaded or adapted.
+        RefoldError: the loss diverged, or the disk is full; the last checkpoint stays.
+        KeyboardInterrupt: with a note that says how to resume.
+    """
+    config = TrainConfig.of(**settings) if config is None else config.replace(**settings)
+    accelerator = start_accelerator()
+    folder = RunFolder(config.output, main=accelerator.is_main_process)
+    folder.check(config, resume=resume)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    splits = load_splits(config)
+    model, preprocessing = build_attached(config, splits.task, splits.classes)
+    accelerator.wait_for_everyone()  # all have looked at the folder before the first one writes
+    folder.open(config)
+    fitted = fit(
+        model,
+        splits.train,
+        splits.val,
+        preprocessing,
+        config,
+        task=splits.task,
+        classes=splits.classes,
+        folder=folder,
+        resume=resume,
+        on_epoch=on_epoch,
+        progress=progress,
+    )
+    if folder.main:
+        refold.save(model, folder.adapter_path)
+    wanted = {"val": splits.val, "test": splits.test if config.evaluate_test else None}
+    evaluations = {
+        split: score(
+            model,
+            image_set,
+            image_set.targets,
+            preprocessing,
+            fitted.task,
+            accelerator=accelerator,
+            batch_size=config.batch_size,
+            workers=config.workers,
+        )
+        for split, image_set in wanted.items()
+        if image_set is not None
+    }
+    summary = _summary(config, splits, model, fitted, evaluations, folder, accelerator.device)
+    if evaluations:
+        shown = "test" if "test" in evaluations else "val"
+        image_set = wanted[shown]
+        assert image_set is not None
+        folder.write_predictions(evaluations[shown].rows)
+        folder.write_thumbnails(image_set, evaluations[shown].thumbnail_rows())
+    folder.write_json("summary.json", summary)
+    accelerator.wait_for_everyone()  # when any process returns, the folder is complete
+    return TrainResult(
+        model=model,
+        output=folder.path,
+        adapter=folder.adapter_path,
+        fit=fitted,
+        evaluations=evaluations,
+        preprocessing=preprocessing,
+        summary=summary,
+        skipped=splits.skipped,
+        main_process=folder.main,
+    )
+
+
+def _summary(
+    config: TrainConfig,
+    splits: Splits,
+    model: nn.Module,
+    fitted: Fit,
+    evaluations: dict[str, Evaluation],
+    folder: RunFolder,
+    device: torch.device,
+) -> dict[str, Any]:
+    from refold.bench.measure import count_parameters, peak_memory
+
+    parameters = count_parameters(model)
+    shown = "test" if "test" in evaluations else "val"
+    return {
+        "method": config.method.describe(),
+        "task": splits.task,
+        "classes": splits.classes,
+        "images": {name: 0 if part is None else len(part) for name, part in _parts(splits).items()},
+        "skipped": [{"path": str(path), "reason": reason} for path, reason in splits.skipped],
+        "parameters": parameters.total,
+        "trainable_parameters": parameters.trainable,
+        "file_bytes": folder.adapter_path.stat().st_size if folder.main else None,
+        "seconds": fitted.seconds,
+        "epochs": config.epochs,
+        "best_epoch": fitted.best_epoch,
+        "selected_by": config.select or fitted.task.select if splits.val is not None else None,
+        "precision": fitted.precision,
+        "attention": fitted.attention,
+        "peak_memory": peak_memory(device),
+        "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
+        "evaluated_split": shown if evaluations else None,
+        **(evaluations[shown].details if evaluations else {}),
+    }
+
+
+def _parts(splits: Splits) -> dict[str, Any]:
+    return {"train": splits.train, "val": splits.val, "test": splits.test}

@@ -1,0 +1,21 @@
+"""What every test shares: one seed, one thread a worker, no network."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Workers of pytest-xdist would otherwise start as many threads each as there are cores.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+    # A test that needs a hub is a mistake; this turns it into an error at once instead of a slow time-out.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,98 @@
+"""The papers' formulas in float64 numpy, written from the texts and sharing no code with refold.
+
+RepAdapter (arXiv 2302.08106): f(x) = x + s (B (A x + a) + b) before a frozen projection, B grouped. Folded:
+M = I + s B A, c = s (B a + b), W' = W M, b' = b + W c.
+LoRA (arXiv 2106.09685): W' = W + s B A.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = [
+    "batchnorm_absorbs",
+    "block_diagonal",
+    "conv2d",
+    "fold_conv",
+    "fold_linear",
+    "layer_norm_absorbs",
+    "lora",
+    "repadapter",
+]
+
+Array = np.ndarray
+
+
+def block_diagonal(up: Array, groups: int) -> Array:
+    """The grouped projection (d, r / g) written out as (d, r): group i maps its r / g inputs to its d / g outputs."""
+    width, per_group = up.shape
+    full = np.zeros((width, per_group * groups))
+    for group in range(groups):
+        rows = slice(group * width // groups, (group + 1) * width // groups)
+        columns = slice(group * per_group, (group + 1) * per_group)
+        full[rows, columns] = up[rows]
+    return full
+
+
+def repadapter(
+    down: Array, up: Array, down_bias: Array | None, up_bias: Array | None, *, scale: float, groups: int
+) -> tuple[Array, Array]:
+    """M (d, d) and c (d,) of one adapter; absent biases count as zero."""
+    full = block_diagonal(up, groups)
+    matrix = np.eye(len(full)) + scale * full @ down
+    shift = np.zeros(len(full))
+    if down_bias is not None and up_bias is not None:
+        shift = scale * (full @ down_bias + up_bias)
+    return matrix, shift
+
+
+def fold_linear(weight: Array, matrix: Array, shift: Array) -> tuple[Array, Array]:
+    """``W M`` and ``W c``."""
+    return weight @ matrix, weight @ shift
+
+
+def fold_conv(weight: Array, matrix: Array, shift: Array, groups: int = 1) -> tuple[Array, Array]:
+    """K'[o, i, uv] = sum_j K[o, j, uv] M[j, i] and sum_j sum_uv K[o, j, uv] c[j], for any number of kernel axes.
+
+    With groups, output channel o sees only its group's inputs, and M must not mix groups.
+    """
+    out, inside = weight.shape[:2]
+    folded = np.zeros_like(weight)
+    moved = np.zeros(out)
+    for o in range(out):
+        first = (o // (out // groups)) * inside
+        block = matrix[first : first + inside, first : first + inside]
+        for i in range(inside):
+            folded[o, i] = sum(weight[o, j] * block[j, i] for j in range(inside))
+        moved[o] = sum(weight[o, j].sum() * shift[first + j] for j in range(inside))
+    return folded, moved
+
+
+def lora(weight: Array, down: Array, up: Array, scale: float) -> Array:
+    """``W + s B A`` for a weight (out, in, *kernel), A (r, in, *kernel) and B (out, r)."""
+    return weight + scale * np.tensordot(up, down, axes=(1, 0))
+
+
+def batchnorm_absorbs(running_mean: Array, moved: Array) -> Array:
+    """A constant ``moved`` added before a BatchNorm in evaluation equals a running mean lowered by it."""
+    return running_mean - moved
+
+
+def layer_norm_absorbs(bias: Array, matrix: Array, shift: Array) -> Array:
+    """``M y + c = M (y + M^-1 c)``: the shift as part of the norm's bias, before M."""
+    return bias + np.linalg.inv(matrix) @ shift
+
+
+def conv2d(x: Array, weight: Array, bias: Array | None, *, padding: int = 0, stride: int = 1) -> Array:
+    """Plain 2-d convolution of (B, I, H, W) with (O, I, K, K), zero padded: loops, no library."""
+    batch, _, height, width = x.shape
+    out, _, kernel, _ = weight.shape
+    padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    rows = (height + 2 * padding - kernel) // stride + 1
+    columns = (width + 2 * padding - kernel) // stride + 1
+    result = np.zeros((batch, out, rows, columns))
+    for r in range(rows):
+        for c in range(columns):
+            patch = padded[:, :, r * stride : r * stride + kernel, c * stride : c * stride + kernel]
+            result[:, :, r, c] = np.tensordot(patch, weight, axes=((1, 2, 3), (1, 2, 3)))
+    return result if bias is None else result + bias[None, :, None, None]

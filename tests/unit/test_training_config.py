@@ -1,0 +1,111 @@
+"""Recipe and TrainConfig: checks that name the field, JSON round trip, schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import refold
+from refold.errors import DataError
+from refold.training import Recipe, TrainConfig
+from refold.training.schedule import build_optimizer, build_schedule
+
+
+def config(**changes: Any) -> TrainConfig:
+    settings = {"data": "d", "model": "timm/test_vit", "method": refold.RepAdapter(rank=4), "output": "o"}
+    return TrainConfig(**(settings | changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 2.5),
+        ("batch_size", True),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("lr", "1e-3"),
+        ("head_lr", -1.0),
+        ("weight_decay", -0.1),
+        ("warmup_epochs", 100),
+        ("warmup_lr", 1.0),
+        ("min_lr", 1e-2),
+        ("label_smoothing", 1.0),
+        ("mixup", -1.0),
+        ("cutmix", -1.0),
+        ("augment", ""),
+        ("class_weights", "inverse"),
+        ("clip_grad", 0.0),
+        ("precision", "fp16"),
+        ("attention", "flash"),
+        ("select", 3),
+        ("seed", -1),
+        ("workers", -1),
+        ("data", ""),
+        ("model", 3),
+        ("fractions", (0.5, 0.5)),
+        ("fractions", (0.0, 1.0, 0.0)),
+        ("fractions", ("a", 0, 0)),
+        ("skip_bad_images", "yes"),
+        ("in_chans", 0),
+        ("image_size", 0.5),
+        ("normalize", "zero"),
+        ("crop", "random"),
+        ("drop_path", 1.0),
+        ("method", "RepAdapter"),
+        ("evaluate_test", 1),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(DataError) as caught:
+        config(**{field: value})
+    assert caught.value.where == field
+    assert repr(value) in caught.value.reason
+
+
+def test_json_round_trip_keeps_every_field() -> None:
+    original = config(
+        method=refold.LoRA(rank=2, sites=("attention",)), fractions=(800, 200, 0.0), lr=3e-4, clip_grad=1.0, mixup=0.2
+    )
+    assert TrainConfig.from_json(json.loads(json.dumps(original.to_json()))) == original
+
+
+def test_unknown_and_missing_settings_are_named() -> None:
+    data = config().to_json()
+    with pytest.raises(DataError, match="learning_rate"):
+        TrainConfig.from_json({**data, "learning_rate": 1.0})
+    with pytest.raises(DataError, match="learning_rate"):
+        config().replace(learning_rate=1.0)
+    del data["model"]
+    with pytest.raises(DataError, match="model: is missing"):
+        TrainConfig.from_json(data)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"config\.json"):
+        TrainConfig.load(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(DataError, match="holds no settings"):
+        TrainConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "steps"), [(100, None, 150), (8, None, 12), (1, None, 2), (4, 1.5, 22)])
+def test_warm_up_is_a_tenth_unless_set(epochs: int, warmup: float | None, steps: int) -> None:
+    assert Recipe(epochs=epochs, warmup_epochs=warmup).warmup_steps(15) == steps
+
+
+def test_schedule_is_linear_then_cosine_in_each_group() -> None:
+    recipe = Recipe(epochs=10, warmup_epochs=2, warmup_lr=1e-6, min_lr=1e-5)
+    peaks = (1e-3, 5e-4)
+    optimizer = build_optimizer([{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in peaks])
+    schedule = build_schedule(optimizer, recipe, steps_per_epoch=5)
+    for step in range(50):
+        schedule.step_update(step)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            warm = 1e-6 + (peak - 1e-6) * step / 10
+            cosine = 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * step / 50)) / 2
+            assert group["lr"] == pytest.approx(warm if step < 10 else cosine, rel=1e-12)

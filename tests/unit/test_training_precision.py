@@ -1,0 +1,180 @@
+"""Frozen weights held in bfloat16, the originals back, and the choice of the attention kernel."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import refold
+from refold.training import attention
+from refold.training.attention import attention_kernel, choose_attention
+from refold.training.precision import flush_denormals, has_fast_bfloat16, reduced_precision, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def attached(name: str = "test_vit", method: refold.Method | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=3)
+    refold.attach(model, method or refold.RepAdapter(rank=4))
+    return model
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
+def test_originals_return_bit_for_bit_in_their_own_storage(name: str) -> None:
+    model = attached(name)
+    before, parameters = bits(model), dict(model.named_parameters())
+    places = {n: p.data_ptr() for n, p in parameters.items()}
+    with reduced_precision(model):
+        held = {n for n, p in parameters.items() if p.dtype == torch.bfloat16}
+        assert held
+        assert not any(parameters[n].requires_grad for n in held)
+    assert dict(model.named_parameters()) == parameters
+    assert {n: p.data_ptr() for n, p in parameters.items()} == places
+    assert_same_bits(model, before)
+
+
+def test_originals_return_after_an_exception() -> None:
+    model = attached()
+    before = bits(model)
+    with pytest.raises(ZeroDivisionError), reduced_precision(model):
+        _ = 1 / 0
+    assert_same_bits(model, before)
+
+
+def test_what_autocast_leaves_alone_stays_float32() -> None:
+    model = nn.ModuleDict(
+        {
+            "norm": nn.LayerNorm(4),
+            "embedding": nn.Embedding(8, 4),
+            "tied": nn.Linear(4, 8, bias=False),
+            "frozen": nn.Linear(4, 4),
+            "trained": nn.Linear(4, 4),
+            "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+        }
+    )
+    model.requires_grad_(False)
+    model["tied"].weight = model["embedding"].weight
+    model["trained"].bias.requires_grad_(True)
+    with reduced_precision(model):
+        held = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert held == {
+        "frozen.weight",
+        "frozen.bias",
+        "trained.weight",
+        "attention.in_proj_weight",
+        "attention.in_proj_bias",
+        "attention.out_proj.weight",
+        "attention.out_proj.bias",
+    }
+
+
+@pytest.mark.parametrize("method", [refold.RepAdapter(rank=4, dropout=0.0), refold.BitFit(), refold.FullFineTune()])
+def test_held_weights_give_the_gradients_of_plain_autocast(method: refold.Method) -> None:
+    plain = attached(method=method).eval()
+    held = copy.deepcopy(plain)
+    images, labels = torch.randn(4, 3, 160, 160), torch.tensor([0, 1, 2, 0])
+    for model, context in ((plain, nullcontext()), (held, reduced_precision(held))):
+        with context:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(images)
+            F.cross_entropy(logits.float(), labels).backward()
+    wanted = refold.trainable_parameters(plain)
+    for name, parameter in refold.trainable_parameters(held).items():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=0, atol=0)
+
+
+def test_auto_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert not has_fast_bfloat16(CPU)
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("bf16", CPU) == "bf16"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert resolve_precision("auto", CPU) == "bf16"
+    assert resolve_precision("fp32", CPU) == "fp32"
+    assert not has_fast_bfloat16(torch.device("meta"))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_denormals_flush_only_inside(before: bool) -> None:
+    smallest = torch.full((8,), 1e-39)  # made while denormals count
+    try:
+        torch.set_flush_denormal(before)
+        with flush_denormals():
+            assert float((smallest * 1.0).sum()) == 0
+        assert (float((smallest * 1.0).sum()) == 0) is before
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [("default", "math"), ("math", "default"), (None, "default")])
+def test_the_faster_attention_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, slow: str | None, chosen: str) -> None:
+    """A kernel that is slow by construction loses; within the margin PyTorch's own choice stays."""
+    clock = [0.0]
+    costs: list[float] = []
+
+    def kernel(name: str) -> AbstractContextManager[None]:
+        costs.append(2.0 if name == slow else 1.0)
+        return nullcontext()
+
+    def now(device: torch.device) -> float:
+        clock[0] += costs.pop() if costs else 0.0
+        return clock[0]
+
+    monkeypatch.setattr(attention, "attention_kernel", kernel)
+    monkeypatch.setattr(attention, "_now", now)
+    model = attached()
+    state = torch.get_rng_state()
+    assert choose_attention(lambda: model(torch.randn(2, 3, 160, 160)), CPU) == chosen
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_attention_calls_are_counted_with_their_need_for_gradients() -> None:
+    model = attached()
+    with attention._Collector() as collector:
+        model(torch.randn(2, 3, 160, 160))
+    (call,) = collector.calls.values()
+    assert call.count == len(model.blocks)
+    assert call.gradients == (True, True, True)
+    times = attention._time(call, CPU, rounds=1)
+    assert set(times) == {"default", "math"}
+    assert all(0 < seconds < 60 for seconds in times.values())
+
+    probe = attached(method=refold.LinearProbe())
+    with attention._Collector() as collector:
+        probe(torch.randn(2, 3, 160, 160))
+    (call,) = collector.calls.values()
+    assert call.gradients == (False, False, False)
+
+
+def test_a_model_without_attention_keeps_the_default() -> None:
+    assert choose_attention(lambda: attached("test_convnext")(torch.randn(1, 3, 64, 64)), CPU) == "default"
+
+
+def test_the_math_kernel_computes_the_same() -> None:
+    q, k, v = torch.randn(3, 2, 4, 9, 16).unbind()
+    with attention_kernel("math"):
+        a = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(a, F.scaled_dot_product_attention(q, k, v))
