@@ -78,8 +78,8 @@ def epoch(content: dict[str, Any]) -> str:
     low, high = row["interval"]
     return (
         f"**A whole epoch** on 800 ELPV images at 112 px: refold's loop takes {row['ratio']:.2f} "
-        f"({low:.2f} to {high:.2f}) of the time of a plain script with timm, PEFT LoRA, a DataLoader and autocast ({row['seconds']:.1f} against "
-        f"{plain['seconds']:.1f} s). {where(content)}"
+        f"({low:.2f} to {high:.2f}) of the time of a plain script with timm, PEFT LoRA, a DataLoader and autocast "
+        f"({row['seconds']:.1f} against {plain['seconds']:.1f} s). {where(content)}"
     )
 
 

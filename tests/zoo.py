@@ -21,9 +21,7 @@ __all__ = ["CLASSES", "FAMILIES", "build", "images", "perturb", "relative"]
 
 CLASSES = 3
 
-vit = partial(
-    VisionTransformer, img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES
-)
+vit = partial(VisionTransformer, img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES)
 
 
 class OpenClipClassifier(nn.Module):

@@ -34,8 +34,8 @@ __all__ = [
 
 #: Name of the child that holds a layer's adapters; state-dict keys read ``<layer>.refold.<adapter>.<parameter>``.
 SLOT = "refold"
-#: Mark in a BatchNorm's ``__dict__``: a hook of refold, not the user, took it out of training mode.
-_SILENCED = "_refold_keeps_statistics"
+#: In a frozen BatchNorm's ``__dict__``, the mode the user gave it, while its forward runs in evaluation.
+_MODE = "_refold_mode"
 
 
 class Slot(nn.ModuleDict):
@@ -116,9 +116,12 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 def _keep_statistics(layer: nn.Module, args: tuple[Any, ...]) -> None:
     """A frozen BatchNorm normalises with its stored statistics, and keeps them, also under ``model.train()``."""
-    if layer.training:
-        layer.training = False
-        setattr(layer, _SILENCED, True)
+    setattr(layer, _MODE, layer.training)
+    layer.training = False
+
+
+def _restore_mode(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    layer.training = getattr(layer, _MODE)
 
 
 def host(layer: nn.Module, site: Site, name: str, adapter: Adapter) -> None:
@@ -163,13 +166,14 @@ def freeze_statistics(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
         inside = any(path == k or path.startswith(f"{k}.") for k in keep)
         if isinstance(module, BatchNorm) and not inside and _keep_statistics not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_keep_statistics)
+            module.register_forward_hook(_restore_mode)
 
 
 def unfreeze_statistics(model: nn.Module) -> None:
     for module in model.modules():
-        ours = isinstance(module, BatchNorm) and _remove_hook(module, _keep_statistics)
-        if ours and module.__dict__.pop(_SILENCED, False):
-            module.training = model.training
+        if isinstance(module, BatchNorm) and _remove_hook(module, _keep_statistics):
+            _remove_hook(module, _restore_mode)
+            module.__dict__.pop(_MODE, None)
 
 
 def _remove_hook(module: nn.Module, fn: Callable[..., Any]) -> bool:
@@ -190,7 +194,7 @@ def _remove_hook(module: nn.Module, fn: Callable[..., Any]) -> bool:
 
 def hooks_left(model: nn.Module) -> int:
     """Number of refold's hooks left in the model; 0 after merge and detach."""
-    ours = {_before, _after, _keep_statistics}
+    ours = {_before, _after, _keep_statistics, _restore_mode}
     return sum(
         fn in ours
         for m in model.modules()

@@ -62,9 +62,8 @@ def fold_conv(weight: Array, matrix: Array, shift: Array, groups: int = 1) -> tu
     for o in range(out):
         first = (o // (out // groups)) * inside
         block = matrix[first : first + inside, first : first + inside]
-        for i in range(inside):
-            folded[o, i] = sum(weight[o, j] * block[j, i] for j in range(inside))
-        moved[o] = sum(weight[o, j].sum() * shift[first + j] for j in range(inside))
+        folded[o] = np.tensordot(block, weight[o], axes=(0, 0))
+        moved[o] = weight[o].reshape(inside, -1).sum(axis=1) @ shift[first : first + inside]
     return folded, moved
 
 

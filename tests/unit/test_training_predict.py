@@ -43,8 +43,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         red, green = [(0.9, 0.1), (0.1, 0.9), (0.8, 0.8)][i % 3]
         path = root / "colours" / ("red", "green", "yellow")[i % 3] / f"{i:02}.png"
         paint(path, red, green, i)
-        labels = " ".join(name for name, level in (("green", green), ("red", red)) if level > 0.5)
-        rows.append({"path": path.relative_to(root), "labels": labels, "warmth": 10 + 30 * red})
+        labels = ";".join(name for name, level in (("green", green), ("red", red)) if level > 0.5)
+        rows.append({"path": path.relative_to(root), "labels": labels, "warmth": 10.25 + 30 * red})
     for column in ("labels", "warmth"):
         with (root / f"{column}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
@@ -142,7 +142,7 @@ def test_multilabel_from_a_table(root: Path, tmp_path: Path) -> None:
 
 
 def test_regression_from_a_table(root: Path, tmp_path: Path) -> None:
-    """Warmth is 13, 34 or 37: predictions from the file alone are in that unit."""
+    """Warmth is 13.25, 34.25 or 37.25: predictions from the file alone are in that unit."""
     result = learn(root, tmp_path / "run", "warmth.csv", target="warmth", epochs=10)
     assert result.summary["classes"] is None
     assert result.summary["selected_by"] == "mae"

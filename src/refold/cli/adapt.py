@@ -76,6 +76,8 @@ def train(
 
     Example: refold train photos/ --model timm/vit_small_patch16_224 --method "RepAdapter(scale=5)" -o runs/a
     """
+    from accelerate import PartialState
+
     from refold.report import tables, write_report
     from refold.training import TrainConfig
     from refold.training import train as run
@@ -121,10 +123,10 @@ def train(
         for note in getattr(stop, "__notes__", ["Stopped."]):
             error(note)
         raise typer.Exit(130) from None
-    if not result.main_process:
+    if not PartialState().is_main_process:  # under `accelerate launch` one process reports
         return
-    for path, reason in result.skipped:
-        error(f"skipped {path}: {reason}")
+    for entry in result.summary["skipped"]:
+        error(f"skipped {entry['path']}: {entry['reason']}")
     console.print(tables.results_table({config.method.describe(): result.summary}))
     console.print(f"Report: {write_report(output)}\nAdapter: {output / 'adapter.safetensors'}")
 
@@ -193,5 +195,7 @@ def predict(
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    for path, reason in rows.skipped:
+        error(f"skipped {path}: {reason}")
     if output is not None:
         console.print(f"{len(rows)} predictions: {output}")

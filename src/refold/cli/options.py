@@ -1,4 +1,4 @@
-"""What several commands share: the options' texts, and the ways to name a method and an adapter."""
+"""What several commands share: the options' texts, and how a method is named."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import nn
 
-from refold.errors import SiteError, StoreError
+from refold.errors import SiteError
 from refold.methods import METHODS, Method
-from refold.store import Header, read_header
 
-__all__ = ["Adapter", "Force", "Weights", "adapter_file", "load_adapted", "parse_method"]
+__all__ = ["Adapter", "Force", "Weights", "parse_method"]
 
 Adapter = Annotated[
     str,
@@ -61,28 +59,3 @@ def _unreadable(text: str) -> SiteError:
     return SiteError(
         f"cannot read {text!r}", where="--method", remedy="Write for example 'RepAdapter(rank=8, scale=5)'"
     )
-
-
-def adapter_file(source: str) -> str:
-    """The adapter file of a run folder, or ``source`` itself.
-
-    Raises:
-        StoreError: the folder holds no adapter.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        return source
-    file = folder / "adapter.safetensors"
-    if not file.is_file():
-        raise StoreError(
-            "the folder holds no adapter.safetensors", where=source, remedy="Has the run finished an epoch?"
-        )
-    return str(file)
-
-
-def load_adapted(source: str, weights: Path | None, force: bool) -> tuple[nn.Module, Header]:
-    """The backbone that ``source`` names with its adapter attached, and what the file says of itself."""
-    from refold.store import from_pretrained
-
-    file = adapter_file(source)
-    return from_pretrained(file, weights=weights, force=force), read_header(file)

@@ -11,8 +11,8 @@ import typer
 
 import refold
 from refold.cli.console import console
-from refold.cli.options import Adapter, Force, Weights, load_adapted, parse_method
-from refold.errors import MergeError, StoreError
+from refold.cli.options import Adapter, Force, Weights, parse_method
+from refold.errors import MergeError
 
 __all__ = ["explain", "export", "merge"]
 
@@ -41,8 +41,9 @@ def merge(
     from refold.certificate import certify
     from refold.export import export_weights
     from refold.report import tables
+    from refold.training import resolve
 
-    model, _ = load_adapted(adapter, weights, force)
+    model = resolve(adapter, weights=weights, force=force).model
     certificate = certify(model)
     if not certificate["holds"]:
         console.print(tables.certificate_table(certificate))
@@ -84,16 +85,11 @@ def export(
     Example: refold export runs/cells --output cells.onnx --preprocessing
     """
     from refold.export import export_onnx, export_program, export_weights
+    from refold.training import resolve
 
-    model, header = load_adapted(adapter, weights, force)
+    ready = resolve(adapter, weights=weights, force=force)
+    model, prepared = ready.model, ready.preprocessing
     refold.merge(model)
-    prepared = header.preprocessing
-    if prepared is None:
-        raise StoreError(
-            "the adapter file does not say its preprocessing",
-            where=adapter,
-            remedy="Tell it with refold.describe(model, preprocessing=...) and save it again",
-        )
     if format is Format.ONNX:
         result = export_onnx(model, output, preprocessing=prepared, with_preprocessing=preprocessing)
     elif format is Format.PROGRAM:
@@ -120,9 +116,10 @@ def explain(
     """
     from refold import backbones
     from refold.report import tables
+    from refold.training import resolve
 
     if method is None:
-        model, _ = load_adapted(source, weights, force)
+        model = resolve(source, weights=weights, force=force).model
     else:
         chosen = parse_method(method)
         model = backbones.load(source, num_classes=2, weights=weights, pretrained=weights is not None).model

@@ -1,0 +1,186 @@
+"""The commands end to end on a small model and real files, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import refold
+from refold.cli import main
+from refold.cli.options import parse_method
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str | Path, cwd: Path) -> Done:
+    """What the installed command does, in this process: starting Python and torch anew takes longer than the work."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        chdir(cwd),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", ["refold", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def test_the_installed_command_starts() -> None:
+    command = [str(Path(sys.executable).parent / "refold"), "--help"]
+    assert "merge" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of two classes and a finished run."""
+    folder = tmp_path_factory.mktemp("cli")
+    generator = torch.Generator().manual_seed(0)
+    for name, level in (("dark", 60), ("bright", 190)):
+        (folder / "photos" / name).mkdir(parents=True)
+        for index in range(12):
+            noise = torch.randint(-40, 40, (48, 48, 3), generator=generator)
+            pixels = (level + noise).clamp(0, 255).to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{index}.png")
+    done = run(
+        *("train", "photos", "--model", "timm/test_vit", "--random-weights", "--method", "RepAdapter(rank=4)"),
+        *("--split", "0.5", "0.25", "0.25", "--epochs", "2", "--batch-size", "4", "--image-size", "160", "-o", "run"),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Report: run/report.html" in done.stdout
+    return folder
+
+
+def test_train_writes_a_whole_run_folder(workplace: Path) -> None:
+    names = {path.name for path in (workplace / "run").iterdir()}
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "adapter.safetensors",
+        "report.html",
+        "summary.json",
+        "tensorboard",
+    } <= names
+    header = refold.store.read_header(workplace / "run" / "adapter.safetensors")
+    assert header.method == refold.RepAdapter(rank=4)
+    assert header.classes == ("bright", "dark")
+
+
+def test_evaluate_prints_the_metrics_of_the_summary(workplace: Path) -> None:
+    done = run("evaluate", "run", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    accuracy = json.loads((workplace / "run" / "summary.json").read_text())["metrics"]["test"]["accuracy"]
+    assert f"{100 * accuracy:.1f}" in done.stdout or f"{accuracy:.3f}" in done.stdout
+
+
+def test_predict_writes_one_row_an_image(workplace: Path) -> None:
+    done = run("predict", "run", "photos", "-o", "out.csv", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((workplace / "out.csv").read_text().splitlines()))
+    assert len(rows) == 24
+    assert {row["prediction"] for row in rows} <= {"bright", "dark"}
+    assert all(abs(float(row["score bright"]) + float(row["score dark"]) - 1) < 1e-5 for row in rows)
+
+
+def test_merge_writes_plain_weights_and_a_certificate_that_holds(workplace: Path) -> None:
+    import timm
+
+    done = run("merge", "run", "-o", "merged.safetensors", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workplace / "merged.certificate.json").read_text())["holds"] is True
+    plain = timm.create_model("test_vit", num_classes=2)
+    plain.load_state_dict(load_file(workplace / "merged.safetensors"), strict=True)
+    from refold.training import resolve
+
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), resolve(workplace / "run").model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_export_onnx_takes_pixels(workplace: Path) -> None:
+    import onnxruntime
+
+    done = run("export", "run", "-o", "model.onnx", "--preprocessing", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    session = onnxruntime.InferenceSession(workplace / "model.onnx", providers=["CPUExecutionProvider"])
+    pixels = torch.randint(0, 256, (3, 3, 160, 160), dtype=torch.uint8)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    assert logits.shape == (3, 2)
+
+
+def test_explain_shows_sites_of_a_run_and_of_a_model(workplace: Path) -> None:
+    of_run = run("explain", "run", cwd=workplace)
+    assert "blocks.0.attn.qkv" in of_run.stdout, of_run.stderr
+    of_model = run("explain", "timm/test_convnext", "--method", "LoRA(rank=2)", cwd=workplace)
+    assert "stages.0.blocks.0.mlp.fc1" in of_model.stdout, of_model.stderr
+
+
+def test_shelf() -> None:
+    methods = run("methods", cwd=Path.cwd())
+    assert all(name in methods.stdout for name in refold.METHODS)
+    assert "packaged/vit_small_focus" in run("models", "*focus*", cwd=Path.cwd()).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("train", "nowhere", "--model", "timm/test_vit"), "no such file or folder"),
+        (("train", "photos", "--model", "timm/nonsense"), "knows no such model"),
+        (("train", "photos", "--method", "RepAdaptor"), "unknown method"),
+        (("train", "photos", "--method", "RepAdapter(rnk=4)"), "rnk"),
+        (("train", "photos", "--method", "RepAdapter(rank=0)"), "rank=0"),
+        (("train", "photos", "--model", "timm/test_vit", "--epochs", "0", "-o", "x"), "epochs"),
+        (("train", "photos", "--model", "timm/test_vit", "-o", "run"), "not empty"),
+        (("evaluate", "photos"), "config.json"),
+        (("predict", "run", "nothing-here"), "nothing-here"),
+        (("merge", "missing.safetensors"), "missing.safetensors"),
+        (("explain", "timm/test_vit", "--method", "LoRA(sites='nose')"), "nose"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_failure(workplace: Path, arguments: tuple[str, ...], says: str) -> None:
+    done = run(*arguments, cwd=workplace)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("RepAdapter", refold.RepAdapter()),
+        ("repadapter(rank=16, scale=5)", refold.RepAdapter(rank=16, scale=5)),
+        ("LoRA(sites=('attention', 'mlp'))", refold.LoRA(sites=("attention", "mlp"))),
+        ("linearprobe()", refold.LinearProbe()),
+    ],
+)
+def test_methods_are_named_as_they_print(text: str, method: refold.Method) -> None:
+    assert parse_method(text) == method
+
+
+@pytest.mark.parametrize(
+    "text", ["", "RepAdapter(8)", "RepAdapter(rank=open('x'))", "__import__('os')", "a.b()", "LoRA(**{})"]
+)
+def test_methods_are_never_evaluated(text: str) -> None:
+    with pytest.raises(refold.SiteError):
+        parse_method(text)
