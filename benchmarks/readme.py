@@ -47,7 +47,7 @@ def inference(content: dict[str, Any]) -> str:
         )
         for r in rows
     ]
-    table = common.markdown(("ViT-B/16 with a RepAdapter", "batch", "ms", "time / untouched backbone"), cells)
+    table = common.markdown(("ViT-S/16 with a RepAdapter", "batch", "ms", "time / untouched backbone"), cells)
     return f"**Inference: nothing added.** {where(content)}\n\n{table}"
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [inference] [step] [epoch]
 
-* inference: ViT-B/16 with a merged RepAdapter against the untouched backbone, batch 1, 4 and 16.
+* inference: ViT-S/16 with a merged RepAdapter against the untouched backbone, batch 1, 4 and 16.
 * step: one forward and backward pass of ViT-S/14 at 112 px, batch 32, and the bytes autograd stores for it:
   full fine-tuning, PEFT LoRA, refold's LoRA and RepAdapter at the same sites and rank, and a linear probe;
   in float32 and in bfloat16 as each library's user would run it.
@@ -37,9 +37,9 @@ SITES = ("attention", "mlp")
 def inference(rounds: int) -> list[dict[str, Any]]:
     """The merged model is the same computation with other numbers: the ratio shows that nothing was added."""
     torch.manual_seed(0)
-    untouched = timm.create_model("vit_base_patch16_224", num_classes=37).eval()
+    untouched = timm.create_model("vit_small_patch16_224", num_classes=37).eval()
     torch.manual_seed(0)
-    merged = timm.create_model("vit_base_patch16_224", num_classes=37)
+    merged = timm.create_model("vit_small_patch16_224", num_classes=37)
     refold.attach(merged, refold.RepAdapter(rank=RANK))
     common.perturb(merged)
     merged.eval()
@@ -169,7 +169,7 @@ def epoch(rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-PARTS = {"inference": (inference, 40), "step": (step, 15), "epoch": (epoch, 6)}
+PARTS = {"inference": (inference, 40), "step": (step, 15), "epoch": (epoch, 5)}
 
 
 def main() -> None:

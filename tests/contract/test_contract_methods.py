@@ -83,7 +83,7 @@ def test_starts_as_the_backbone(family, method, dtype):
     before = model(x)
     refold.attach(model, method)
     # Bit for bit, but for torch's own attention module, which takes another path once nothing in it trains.
-    rounding = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-2}[dtype]
     limit = rounding if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()) else 0.0
     assert relative(model(x), before) <= limit
 

@@ -25,6 +25,7 @@ DATA = "packaged/elpv"
 COUNTS = (800, 200, 1624)
 BATCHES = (1, 16)
 SCALES = [1.0, 5.0]
+LR, HEAD_LR = 1e-3, 3e-2  # a fresh linear head on frozen features wants far more than an adapter
 
 
 def demo(
@@ -34,7 +35,7 @@ def demo(
     scales: Annotated[
         list[float], typer.Option("--scale", help="RepAdapter scales to choose from on validation.")
     ] = SCALES,
-    epochs: Annotated[int, typer.Option(help="Passes over the 800 training images.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Passes over the 800 training images.")] = 6,
     image_size: Annotated[int, typer.Option(help="Side of the model's input in pixels, a multiple of 14.")] = 112,
     seed: Annotated[int, typer.Option(help="Of the split and of training.")] = 0,
 ) -> None:
@@ -66,6 +67,7 @@ def demo(
         image_size=image_size,
         epochs=epochs,
         batch_size=32,
+        lr=HEAD_LR,
         augment="flip",
         seed=seed,
         evaluate_test=False,
@@ -74,7 +76,9 @@ def demo(
     for scale in scales:
         name = f"RepAdapter, scale {scale:g}"
         method = refold.RepAdapter(scale=scale)
-        candidates[name] = base.replace(method=method, output=str(folder / f"repadapter-{scale:g}"))
+        candidates[name] = base.replace(
+            method=method, lr=LR, head_lr=HEAD_LR, output=str(folder / f"repadapter-{scale:g}")
+        )
 
     summaries: dict[str, dict[str, Any]] = {}
     for name, config in candidates.items():

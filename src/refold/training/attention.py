@@ -28,9 +28,10 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["KERNELS", "attention_kernel", "choose_attention"]
 
-KERNELS = ("default", "math", "math-bf16")
+KERNELS: tuple[str, ...] = ("default", "math", "math-bf16")
 
 _MARGIN = 0.97  # another kernel must be at least this much faster: a tie keeps PyTorch's choice
+_HOPELESS = 1.5  # a kernel that takes so many times the fastest one's time is not timed again
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def choose_attention(forward: Callable[[], object], device: torch.device, *, rou
         with _Collector() as collector:
             forward()
         try:
-            seconds = dict.fromkeys(KERNELS, 0.0)
+            seconds: dict[str, float] = dict.fromkeys(KERNELS, 0.0)
             for call in collector.calls.values():
                 for name, best in _time(call, device, rounds).items():
                     seconds[name] += call.count * best
@@ -126,11 +127,14 @@ class _Collector(TorchFunctionMode):
 
 
 def _time(call: _Call, device: torch.device, rounds: int) -> dict[str, float]:
-    best = dict.fromkeys(KERNELS, float("inf"))
-    if call.inputs[0].dtype == torch.float32:
-        del best["math-bf16"]  # there, it is the same as math
+    """Seconds of one call under every kernel; those that are clearly beaten are timed once."""
+    best: dict[str, float] = dict.fromkeys(KERNELS, float("inf"))
+    exact = call.inputs[0].dtype == torch.float32
+    if exact:
+        del best["math-bf16"]
     for round_ in range(rounds + 1):
-        for name in best:
+        limit = _HOPELESS * min(best.values())
+        for name in [name for name in best if round_ < 2 or best[name] < limit]:
             inputs = [
                 tensor.detach().requires_grad_(needed)
                 for tensor, needed in zip(call.inputs, call.gradients, strict=True)
@@ -142,7 +146,7 @@ def _time(call: _Call, device: torch.device, rounds: int) -> dict[str, float]:
                 output.backward(torch.ones_like(output))
             if round_:  # the first round warms up
                 best[name] = min(best[name], _now(device) - start)
-    return best
+    return best | ({"math-bf16": best["math"]} if exact else {})
 
 
 def _now(device: torch.device) -> float:

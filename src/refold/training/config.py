@@ -49,7 +49,8 @@ class Recipe:
         precision: ``"bf16"`` (autocast, frozen weights held in bfloat16), ``"fp32"``, or ``"auto"``: bf16
             where the device has instructions for it.
         attention: kernel of scaled dot-product attention in training steps: ``"default"`` (what PyTorch
-            picks), ``"math"``, or ``"auto"``: the faster of the two, measured on this device and size.
+            picks), ``"math"``, ``"math-bf16"`` (see :mod:`refold.training.attention`), or ``"auto"``: the fastest,
+            measured on this device and size.
         select: validation metric that chooses the best epoch; None means the task's own (accuracy, mean
             average precision, or mean absolute error).
         seed: of order, augmentation, dropout and initialisation.

@@ -36,7 +36,7 @@ class Fit:
         history: one record an epoch and split, the lines of ``metrics.jsonl``.
         seconds: wall time of all epochs, validation included.
         precision: ``"fp32"`` or ``"bf16"``.
-        attention: ``"default"`` or ``"math"``.
+        attention: the attention kernel of training steps, see :mod:`refold.training.attention`.
         task: what the model's outputs mean now.
     """
 

@@ -1,0 +1,511 @@
+"""Every layer kind with every map and every geometry: folded exactly, or refused with the documented error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import refold
+from refold.fold import KINDS, fold_input, fold_output, kind_of, refusal
+from refold.maps import ChannelMap
+from zoo import perturb, relative
+
+WIDTH = 8
+EXACT = 1e-12
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+METHODS = [refold.RepAdapter(rank=4, scale=0.7, dropout=0.0), refold.LoRA(rank=3, scale=-0.6)]
+
+
+class Host(nn.Module):
+    """One layer inside a model."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+
+def adapted(layer: nn.Module, example: Any, method: refold.Method, **options: Any) -> Host:
+    """The layer in float64 at evaluation with a trained adapter on it."""
+    model = Host(layer).double().eval()
+    refold.attach(model, method, example=example, trainable=(), **options)
+    perturb(refold.trainable_parameters(model), 0.3)
+    return model
+
+
+def assert_folds(model: Host, *inputs: Any, **named: Any) -> None:
+    """Merged equals unmerged, the adapter mattered, and the way back is exact."""
+    with torch.no_grad():
+        with refold.disabled(model):
+            plain = model(*inputs, **named)
+        unmerged = model(*inputs, **named)
+        report = refold.merge(model)
+        merged = model(*inputs, **named)
+        refold.unmerge(model)
+        again = model(*inputs, **named)
+    if isinstance(unmerged, tuple):
+        plain, unmerged, merged, again = plain[0], unmerged[0], merged[0], again[0]
+    assert report.folded
+    assert relative(plain, unmerged) > 1e-3
+    assert relative(merged, unmerged) <= EXACT
+    assert torch.equal(again, unmerged)
+
+
+def example(dims: int, channels: int = WIDTH) -> Tensor:
+    sizes = (9, 7, 5)[:dims]
+    return torch.randn(2, channels, *sizes, dtype=torch.float64)
+
+
+@pytest.fixture(params=METHODS, ids=lambda m: type(m).__name__)
+def method(request: pytest.FixtureRequest) -> refold.Method:
+    return request.param
+
+
+# -- Linear -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 5, WIDTH), (2, 3, 5, WIDTH), (2, 2, 3, 5, WIDTH), (WIDTH,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(method, shape, bias):
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_folds(adapted(nn.Linear(WIDTH, 6, bias=bias), x, method), x)
+
+
+def test_linear_called_by_keyword(method):
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    assert_folds(adapted(nn.Linear(WIDTH, 6), {"input": x}, method), input=x)
+
+
+def test_linear_on_a_strided_view_and_an_empty_batch(method):
+    x = torch.randn(WIDTH, 5, 2, dtype=torch.float64).permute(2, 1, 0)
+    model = adapted(nn.Linear(WIDTH, 6), x, method)
+    assert_folds(model, x)
+    assert model(x[:0]).shape == (0, 5, 6)
+
+
+# -- convolutions --------------------------------------------------------------------------------------------------
+
+PADDINGS = [0, 1, 2, "same", "valid"]
+MODES = ["zeros", "reflect", "replicate", "circular"]
+
+
+@pytest.mark.parametrize("dims", CONVS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolutions_of_every_padding(method, dims, mode, padding, bias):
+    if dims == 3 and mode == "reflect" and padding in (2, "same"):
+        padding = 1  # torch pads five-dimensional reflection by less than the smallest axis only
+    layer = CONVS[dims](WIDTH, 6, 3, padding=padding, padding_mode=mode, bias=bias)
+    x = example(dims)
+    assert_folds(adapted(layer, x, method), x)
+
+
+@pytest.mark.parametrize("dims", CONVS)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(1, 1, 1), (1, 2, 1), (2, 2, 1), (3, 2, 1), (3, 1, 2), (2, 3, 2)]
+)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_convolutions_of_every_geometry(method, dims, kernel, stride, dilation, padding):
+    layer = CONVS[dims](WIDTH, 6, kernel, stride=stride, dilation=dilation, padding=padding)
+    x = example(dims)
+    assert_folds(adapted(layer, x, method), x)
+
+
+def test_an_unbatched_and_a_channels_last_image(method):
+    x = example(2)
+    model = adapted(nn.Conv2d(WIDTH, 6, 3, padding=1), x, method)
+    assert_folds(model, x[0])
+    assert_folds(model, x.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize(("stride", "padding"), [((2, 1), (0, 2)), ((1, 3), (1, 0))])
+def test_convolutions_with_a_geometry_per_axis(method, stride, padding):
+    layer = nn.Conv2d(WIDTH, 6, (3, 1), stride=stride, padding=padding, dilation=(1, 2))
+    x = example(2)
+    assert_folds(adapted(layer, x, method), x)
+
+
+@pytest.mark.parametrize("dims", CONVS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("groups", [2, 4, WIDTH])
+def test_grouped_convolutions_take_a_weight_map(dims, mode, groups):
+    layer = CONVS[dims](WIDTH, 2 * WIDTH, 3, padding=1, padding_mode=mode, groups=groups)
+    x = example(dims)
+    assert_folds(adapted(layer, x, refold.LoRA(rank=2, sites="layer")), x)
+
+
+@pytest.mark.parametrize("groups", [2, WIDTH])
+def test_grouped_convolutions_refuse_a_mixing_map(groups):
+    layer = nn.Conv2d(WIDTH, WIDTH, 3, groups=groups)
+    with pytest.raises(refold.SiteError, match=rf"layer: .*{groups} groups would make it dense.*per-channel"):
+        adapted(layer, example(2), refold.RepAdapter(rank=4, sites="layer"))
+
+
+# -- attention -----------------------------------------------------------------------------------------------------
+
+
+def attention_inputs(batch_first: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def tokens(count: int) -> Tensor:
+        shape = (2, count, WIDTH) if batch_first else (count, 2, WIDTH)
+        return torch.randn(shape, dtype=torch.float64)
+
+    query = tokens(5)
+    return (query, tokens(7), tokens(7)) if cross else (query, query, query)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_attention(method, batch_first, cross, bias, options):
+    layer = nn.MultiheadAttention(WIDTH, 2, bias=bias, batch_first=batch_first, **options)
+    inputs = attention_inputs(batch_first, cross)
+    model = adapted(layer, inputs, method)
+    assert_folds(model, *inputs)
+    assert_folds(model, *inputs, need_weights=False)
+    assert_folds(model, query=inputs[0], key=inputs[1], value=inputs[2])
+    assert not {"in_proj_weight", "in_proj_bias"} & layer.__dict__.keys()
+
+
+def test_attention_with_masks(method):
+    inputs = attention_inputs(batch_first=True, cross=False)
+    model = adapted(nn.MultiheadAttention(WIDTH, 2, batch_first=True), inputs, method)
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    assert_folds(model, *inputs, attn_mask=causal, key_padding_mask=padding)
+
+
+def test_attention_trains_through_its_packed_weight():
+    """The gradients of a low-rank addition, against those of the same addition written out."""
+    inputs = attention_inputs(batch_first=True, cross=True)
+    model = adapted(nn.MultiheadAttention(WIDTH, 2, batch_first=True), inputs, refold.LoRA(rank=3))
+    adapter = model.layer.get_submodule("refold.default")
+    model(*inputs)[0].pow(2).sum().backward()
+    found = {n: p.grad.clone() for n, p in adapter.named_parameters()}
+
+    model.zero_grad()
+    plain = nn.MultiheadAttention(WIDTH, 2, batch_first=True).double().eval()
+    weight = model.layer.in_proj_weight + adapter.up @ adapter.down
+    values = dict(model.layer.named_parameters()) | {"in_proj_weight": weight}
+    values = {n: v for n, v in values.items() if not n.startswith("refold")}
+    torch.func.functional_call(plain, values, inputs)[0].pow(2).sum().backward()
+    for name, parameter in adapter.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_attention_that_raises_leaves_no_shadow_of_its_weight():
+    inputs = attention_inputs(batch_first=True, cross=False)
+    model = adapted(nn.MultiheadAttention(WIDTH, 2, batch_first=True), inputs, refold.LoRA(rank=3))
+    wrong = torch.randn(2, 5, WIDTH + 1, dtype=torch.float64)
+    with pytest.raises((AssertionError, RuntimeError)):
+        model(wrong, wrong, wrong)
+    assert not {"in_proj_weight", "in_proj_bias"} & model.layer.__dict__.keys()
+    assert isinstance(model.layer.in_proj_weight, nn.Parameter)
+    assert_folds(model, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.MultiheadAttention(WIDTH, 2, kdim=4, vdim=4), "separate kdim or vdim projections"),
+        (type("Own", (nn.MultiheadAttention,), {"forward": lambda self, x: x})(WIDTH, 2), "overrides"),
+        (type("Own", (nn.Linear,), {"forward": lambda self, x: x})(WIDTH, 2), "overrides Linear.forward"),
+        (type("Own", (nn.Conv2d,), {"forward": lambda self, x: x})(WIDTH, 2, 1), "overrides Conv2d.forward"),
+        (type("Own", (nn.Conv2d,), {"_conv_forward": lambda *a: a[1]})(WIDTH, 2, 1), "overrides Conv2d.forward"),
+        (nn.LayerNorm(WIDTH, elementwise_affine=False), "no affine weight"),
+        (nn.LayerNorm((3, WIDTH)), "more than the channel dimension"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 2)), "parametrized"),
+        (nn.utils.parametrizations.spectral_norm(nn.Conv2d(WIDTH, 2, 1)), "parametrized"),
+        (nn.GELU(), "not a layer refold can fold into"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_layers_that_do_not_use_their_weight_as_stored_are_refused(layer, reason):
+    told = refusal(layer)
+    assert told is not None
+    assert reason in told
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_weight_that_a_hook_computes_is_refused():
+    layer = nn.utils.weight_norm(nn.Linear(WIDTH, 2))
+    told = refusal(layer)
+    assert told is not None
+    assert "not a parameter of its own" in told
+    with pytest.raises(refold.SiteError, match="not a parameter of its own"):
+        adapted(layer, torch.randn(2, WIDTH, dtype=torch.float64), refold.RepAdapter(rank=4))
+
+
+def test_a_layer_kind_never_meets_a_map_of_the_wrong_groups():
+    """Whatever the values: a map promises its blocks by structure."""
+    layer = nn.Conv2d(WIDTH, WIDTH, 3, groups=4)
+    dense = ChannelMap.dense(torch.eye(WIDTH, dtype=torch.float64))
+    operator = KINDS["conv"].operator(layer)
+    with pytest.raises(ValueError, match="not block-diagonal over 4 groups"):
+        fold_input(operator, layer.weight.double(), dense)
+    with pytest.raises(ValueError, match="not block-diagonal over 4 groups"):
+        fold_output(operator, layer.weight.double(), layer.bias, dense)
+
+
+# -- the two folds, directly ---------------------------------------------------------------------------------------
+
+
+def random_map(width: int, groups: int, *, shift: bool = True) -> ChannelMap:
+    """A map with exactly ``groups`` diagonal blocks; ``width`` blocks are per-channel factors."""
+    blocks = [torch.randn(width // groups, width // groups, dtype=torch.float64) for _ in range(groups)]
+    constant = torch.randn(width, dtype=torch.float64) if shift else None
+    return ChannelMap.dense(torch.block_diag(*blocks), constant, groups)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(WIDTH, 12), (2, 5, WIDTH)),
+    "conv1d": (lambda: nn.Conv1d(WIDTH, 12, 3, stride=2), (2, WIDTH, 9)),
+    "conv2d": (lambda: nn.Conv2d(WIDTH, 12, 3, padding=1), (2, WIDTH, 7, 7)),
+    "conv3d": (lambda: nn.Conv3d(WIDTH, 12, 2, dilation=2), (2, WIDTH, 5, 5, 5)),
+    "grouped": (lambda: nn.Conv2d(WIDTH, 12, 3, padding=1, groups=2), (2, WIDTH, 7, 7)),
+    "depthwise": (lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH), (2, WIDTH, 7, 7)),
+    "unbiased": (lambda: nn.Linear(WIDTH, 12, bias=False), (3, WIDTH)),
+    "layer_norm": (lambda: nn.LayerNorm(WIDTH), (2, 5, WIDTH)),
+    "batch_norm": (lambda: nn.BatchNorm2d(WIDTH), (2, WIDTH, 7, 7)),
+    "group_norm": (lambda: nn.GroupNorm(2, WIDTH), (2, WIDTH, 7, 7)),
+}
+NORMS = ("layer_norm", "batch_norm", "group_norm")
+
+
+def layer_and_input(name: str) -> tuple[nn.Module, Tensor]:
+    make, shape = LAYERS[name]
+    layer = make().double().eval()
+    for tensor in layer.state_dict().values():
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5)
+    return layer, torch.randn(shape, dtype=torch.float64)
+
+
+def with_tensors(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n not in NORMS])
+@pytest.mark.parametrize("groups", [1, 2, 4, WIDTH])
+@pytest.mark.parametrize("shift", [True, False])
+def test_a_map_before_a_layer_folds_into_it(name, groups, shift):
+    layer, x = layer_and_input(name)
+    operator = kind_of(layer).operator(layer)
+    if groups % operator.groups:
+        pytest.raises(ValueError, fold_input, operator, layer.weight, random_map(WIDTH, groups))
+        return
+    channel_map = random_map(WIDTH, groups, shift=shift)
+    weight, moved = fold_input(operator, layer.weight.detach(), channel_map)
+    assert weight.shape == layer.weight.shape
+    assert (moved is not None) == shift
+    # Zeros are padded around the mapped input: the shift is added after such a layer, and inside others.
+    unshifted = ChannelMap(channel_map.scale, channel_map.up, channel_map.down, None, groups)
+    before = unshifted if operator.pads_zeros else channel_map
+    expected = layer(before.apply(x, operator.channel_dim))
+    if moved is not None and operator.pads_zeros:
+        expected = expected + moved.view(-1, *[1] * (-operator.channel_dim - 1))
+    bias = layer.bias
+    if moved is not None:
+        bias = moved if bias is None else bias + moved
+    folded = type(layer).__new__(type(layer))
+    folded.__dict__.update(layer.__dict__ | {"_parameters": dict(layer._parameters)})
+    folded._parameters.update(weight=nn.Parameter(weight), bias=None if bias is None else nn.Parameter(bias.detach()))
+    torch.testing.assert_close(folded(x), expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("groups", [1, 2, 4, "channel"])
+def test_a_map_after_a_layer_folds_into_it(name, groups):
+    layer, x = layer_and_input(name)
+    operator = kind_of(layer).operator(layer)
+    blocks = operator.out_width if groups == "channel" else groups
+    channel_map = random_map(operator.out_width, blocks)
+    if blocks % operator.groups:
+        pytest.raises(ValueError, fold_output, operator, layer.weight, layer.bias, channel_map)
+        return
+    dim = 1 if name in ("batch_norm", "group_norm") else operator.channel_dim
+    expected = channel_map.apply(layer(x), dim)
+    weight, bias, shift = fold_output(operator, layer.weight.detach(), layer.bias, channel_map)
+    bias = shift if bias is None else bias + shift
+    layer.weight = nn.Parameter(weight)
+    layer.bias = nn.Parameter(bias.detach())
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
+
+
+# -- where the shift goes ------------------------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Layers in a row, the last the head."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return self.head(x.flatten(2).mean(-1) if x.dim() == 4 else x)
+
+
+class Branching(nn.Module):
+    """A norm or a projection whose output is read twice."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, *, through_first: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.through_first = first, second, through_first
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self.first(x)
+        x = self.second(shared) + shared
+        return self.head(x.flatten(2).mean(-1) if x.dim() == 4 else x)
+
+
+def conv(**options: Any) -> nn.Conv2d:
+    return nn.Conv2d(WIDTH, WIDTH, options.pop("kernel", 1), bias=False, **options)
+
+
+def batch_norm(**options: Any) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(WIDTH, **options)
+    if norm.running_mean is not None:
+        norm.running_mean.uniform_(-1, 1)
+    return norm
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(WIDTH, WIDTH, bias=False)
+
+
+IMAGE, ROW = (2, WIDTH, 5, 5), (4, WIDTH)
+SHIFTS = {
+    "own bias": (lambda: Chain(nn.Linear(WIDTH, WIDTH)), ROW, "own bias"),
+    "batch norm after": (lambda: Chain(conv(), batch_norm()), IMAGE, "BatchNorm body.1"),
+    "batch norm after a padded conv": (
+        lambda: Chain(conv(kernel=3, padding=1), batch_norm()),
+        IMAGE,
+        "BatchNorm body.1",
+    ),
+    "activation between": (lambda: Chain(conv(), nn.ReLU(), batch_norm()), IMAGE, "none"),
+    "activation in place between": (lambda: Chain(conv(), nn.ReLU(inplace=True), batch_norm()), IMAGE, "none"),
+    "batch norm without statistics": (lambda: Chain(conv(), batch_norm(track_running_stats=False)), IMAGE, "none"),
+    "batch norm that something else joins": (
+        lambda: Branching(conv(), batch_norm(), through_first=True),
+        IMAGE,
+        "none",
+    ),
+    "norm before": (lambda: Chain(nn.LayerNorm(WIDTH), linear()), ROW, "norm body.0"),
+    "group norm before": (lambda: Chain(nn.GroupNorm(2, WIDTH), conv()), IMAGE, "norm body.0"),
+    "batch norm before": (lambda: Chain(batch_norm(), conv()), IMAGE, "norm body.0"),
+    "norm before zero padding": (lambda: Chain(nn.GroupNorm(2, WIDTH), conv(kernel=3, padding=1)), IMAGE, "none"),
+    "norm before reflected padding": (
+        lambda: Chain(nn.GroupNorm(2, WIDTH), conv(kernel=3, padding=1, padding_mode="reflect")),
+        IMAGE,
+        "norm body.0",
+    ),
+    "norm and activation before": (lambda: Chain(nn.LayerNorm(WIDTH), nn.GELU(), linear()), ROW, "none"),
+    "norm and activation in place before": (
+        lambda: Chain(nn.LayerNorm(WIDTH), nn.ReLU(inplace=True), linear()),
+        ROW,
+        "none",
+    ),
+    "norm with two readers": (lambda: Branching(nn.LayerNorm(WIDTH), linear(), through_first=False), ROW, "none"),
+    "norm without bias": (lambda: Chain(nn.LayerNorm(WIDTH, bias=False), linear()), ROW, "none"),
+    "norm without weights": (lambda: Chain(nn.LayerNorm(WIDTH, elementwise_affine=False), linear()), ROW, "none"),
+    "nothing": (lambda: Chain(nn.GELU(), linear()), ROW, "none"),
+}
+
+
+@pytest.mark.parametrize("case", SHIFTS)
+def test_the_shift_goes_where_explain_says_and_merges_exactly(case):
+    make, shape, place = SHIFTS[case]
+    model = make().double().eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    keys = list(model.state_dict())
+    refold.attach(model, refold.RepAdapter(rank=4), example=x)
+    row = refold.explain(model).rows[-2]
+    assert row.shift == place
+    assert ("built without a shift" in row.reason) == (place == "none")
+    perturb(refold.trainable_parameters(model), 0.2)
+    unmerged = model(x).detach()
+    refold.merge(model)
+    assert relative(model(x), unmerged) <= EXACT
+    assert list(model.state_dict()) == keys
+
+
+def test_the_shift_in_training_is_the_shift_in_evaluation():
+    """A frozen BatchNorm uses its statistics in both, so a shift before it acts the same way."""
+    model = Chain(conv(), batch_norm()).double()
+    x = torch.randn(IMAGE, dtype=torch.float64)
+    refold.attach(model, refold.RepAdapter(rank=4, dropout=0.0), example=x)
+    perturb(refold.trainable_parameters(model), 0.2)
+    assert torch.equal(model.train()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (lambda: nn.Sequential(nn.GELU(), linear()), torch.randn(4, WIDTH).double()),
+        (lambda: nn.Sequential(nn.GELU(), conv(kernel=3, padding=1)), torch.randn(IMAGE).double()),
+        (lambda: Host(nn.MultiheadAttention(WIDTH, 2, bias=False)), (torch.randn(5, 2, WIDTH).double(),) * 3),
+    ],
+    ids=["linear", "padded conv", "attention"],
+)
+def test_a_new_bias_only_by_permission(make, inputs):
+    model = make().double().eval()
+    keys = set(model.state_dict())
+    refold.attach(model, refold.RepAdapter(rank=4), example=inputs, trainable=(), allow_new_bias=True)
+    assert refold.explain(model).rows[0].shift == "new bias"
+    perturb(refold.trainable_parameters(model), 0.2)
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+
+    def output() -> Tensor:
+        found = model(*arguments)
+        return (found[0] if isinstance(found, tuple) else found).detach()
+
+    unmerged = output()
+    refold.merge(model)
+    assert len(set(model.state_dict()) - keys) == 1
+    assert relative(output(), unmerged) <= EXACT
+    refold.unmerge(model)
+    assert torch.equal(output(), unmerged)
+    refold.detach(model)
+    assert set(model.state_dict()) == keys
+
+
+def test_one_layer_called_twice_folds_for_both_calls(method):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.shared(torch.tanh(self.shared(x))))
+
+    model = Twice().double().eval()
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    refold.attach(model, method, example=x)
+    perturb(refold.trainable_parameters(model), 0.2)
+    unmerged = model(x).detach()
+    refold.merge(model)
+    assert relative(model(x), unmerged) <= EXACT
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_torchs_encoder_layer_with_its_fast_path(method, norm_first, training):
+    """In evaluation torch may compute the whole layer in one kernel that would never see an adapter."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    model = adapted(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), x, method).train(training)
+    assert len(refold.explain(model).rows) >= 6
+    assert_folds(model, x)
