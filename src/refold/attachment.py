@@ -115,26 +115,7 @@ def prepare(
     """The checks and the plan of :func:`attach`; the model stays as it is."""
     if not isinstance(method, Method):
         raise SiteError(f"expected a method such as refold.RepAdapter(), got {type(method).__name__}", where="attach")
-    if not isinstance(model, nn.Module):
-        raise SiteError(f"expected a torch module, got {type(model).__name__}", where="attach")
-    if is_compiled_wrapper(model):
-        raise SiteError(
-            "the model is a compiled wrapper, which would go on running the old code",
-            where=type(model).__name__,
-            remedy="Attach to the module itself, then compile it",
-        )
-    state = state_of(model)
-    if state is not None and state.merged is not None:
-        raise SiteError(f"adapter {state.merged!r} is merged", where="attach", remedy="Call refold.unmerge first")
-    if state is not None and name in state.records:
-        raise SiteError(f"an adapter named {name!r} is attached already", remedy="Choose another name= or detach first")
-    if not hosting.is_free_name(name):
-        raise SiteError(
-            f"{name!r} cannot be an adapter's name: it is no identifier, or torch uses it for modules",
-            where="name",
-            remedy="Use letters, digits and _, for example 'task_a'",
-        )
-    _refuse_nested(model, state)
+    require_room(model, name)
     if isinstance(trainable, str):
         trainable = (trainable,)
     head = head_paths(model) if trainable is None else tuple(trainable)
@@ -195,8 +176,28 @@ def install(model: nn.Module, prepared: Prepared) -> nn.Module:
     return model
 
 
-def _refuse_nested(model: nn.Module, state: State | None) -> None:
-    """One model, one state: what a part and the whole remember of each other's adapters would not agree."""
+def require_room(model: nn.Module, name: str) -> None:
+    """Raise :class:`SiteError` unless ``model``, in its present state, can take one more adapter called ``name``."""
+    if not isinstance(model, nn.Module):
+        raise SiteError(f"expected a torch module, got {type(model).__name__}", where="attach")
+    if is_compiled_wrapper(model):
+        raise SiteError(
+            "the model is a compiled wrapper, which would go on running the old code",
+            where=type(model).__name__,
+            remedy="Attach to the module itself, then compile it",
+        )
+    state = state_of(model)
+    if state is not None and state.merged is not None:
+        raise SiteError(f"adapter {state.merged!r} is merged", where="attach", remedy="Call refold.unmerge first")
+    if state is not None and name in state.records:
+        raise SiteError(f"an adapter named {name!r} is attached already", remedy="Choose another name= or detach first")
+    if not hosting.is_free_name(name):
+        raise SiteError(
+            f"{name!r} cannot be an adapter's name: it is no identifier, or torch uses it for modules",
+            where="name",
+            remedy="Use letters, digits and _, for example 'task_a'",
+        )
+    # What a part and the whole remember of each other's adapters would not agree.
     parts = [path for path, module in model.named_modules() if path and state_of(module) is not None]
     if parts or (state is None and hosting.hosted(model)):
         raise SiteError(
@@ -319,6 +320,9 @@ def detach(model: nn.Module) -> nn.Module:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model is the untouched backbone with its own head; outside, adapted again.
+
+    The head's values are exchanged in place: compute what you compare with (a teacher's output, say) before the
+    forward whose backward follows, or torch reports that a tensor needed for the gradient was modified.
 
     Raises:
         SiteError: nothing is attached, or the model is merged.

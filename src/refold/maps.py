@@ -21,7 +21,7 @@ __all__ = ["ChannelMap", "WeightMap", "to_float64"]
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """A detached float64 copy, on the CPU where the device has no float64 (Apple's MPS)."""
+    """``tensor`` detached and in float64, on the CPU where the device has no float64 (Apple's MPS)."""
     device = "cpu" if tensor.device.type == "mps" else tensor.device
     return tensor.detach().to(device=device, dtype=torch.float64)
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from refold import hosting
-from refold.attachment import Prepared, build_adapters, head_paths, install, prepare
+from refold.attachment import Prepared, build_adapters, head_paths, install, prepare, require_room
 from refold.errors import MissingExtraError, RefoldError, SiteError, StoreError
 from refold.fingerprint import body_tensors, compare, fingerprint
 from refold.methods import Method, method_from_json
@@ -127,11 +127,12 @@ def load(
         ``model`` itself.
 
     Raises:
-        StoreError: no refold file, truncated, from a newer format, for another backbone, or sites missing; the
-            name is taken, or the model is merged.
+        StoreError: no refold file, truncated, from a newer format, for another backbone, or sites missing.
+        SiteError: the name is taken or the model is merged.
     """
     path, where = _fetch(source), str(source)
     header = read_header(path)
+    require_room(model, name or header.name)
     _require_backbone(model, header, where, force)
     try:
         prepared = prepare(
@@ -308,7 +309,7 @@ def read_header(source: str | Path) -> Header:
     try:
         data = json.loads(raw)
         found = data["format"]
-        if not isinstance(found, int) or found > FORMAT:
+        if type(found) is not int or not 1 <= found <= FORMAT:
             raise StoreError(
                 f"written in format {found}, this refold reads up to {FORMAT}",
                 where=where,
@@ -409,7 +410,7 @@ def _require_shapes(model: nn.Module, prepared: Prepared, header: Header, file: 
     for key, shape in expected.items():
         # A classifier may differ in its number of classes, its first dimension, and in nothing else.
         layer, found_shape = classifiers.get(key.removeprefix("model/")), stored[key]
-        if layer is not None and all(found_shape) and found_shape[1:] == shape[1:]:
+        if layer is not None and len(found_shape) == len(shape) and all(found_shape):
             shape = (outputs.setdefault(layer, found_shape[0]), *shape[1:])
         if found_shape != shape:
             raise StoreError(f"{key} has shape {found_shape}, this model needs {shape}", where=where)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from refold.cli.console import console, error
+from refold.cli.finish import measure_cost, write_certificate
 from refold.cli.options import Adapter, Force, Weights, parse_method
 
 __all__ = ["evaluate", "predict", "train"]
@@ -127,6 +128,9 @@ def train(
         return
     for entry in result.summary["skipped"]:
         error(f"skipped {entry['path']}: {entry['reason']}")
+    if config.method.mergeable:
+        write_certificate(result.model, output)
+        measure_cost(result.model, result.preprocessing, output, batches=(1,))
     console.print(tables.results_table({config.method.describe(): result.summary}))
     console.print(f"Report: {write_report(output)}\nAdapter: {output / 'adapter.safetensors'}")
 

@@ -8,12 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
 import refold
 from refold.cli.console import console
+from refold.cli.finish import measure_cost, write_certificate
 
 if TYPE_CHECKING:
     from refold.training import TrainConfig
@@ -115,56 +114,19 @@ def _update_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 def _ship(config: TrainConfig, folder: Path) -> dict[str, Path]:
     """Certificate, latency, merged weights and ONNX of the chosen adapter."""
-    from refold.bench import measure
-    from refold.certificate import certify
     from refold.errors import MergeError
     from refold.export import export_onnx, export_weights
-    from refold.report import tables
     from refold.training import resolve
 
     ready = resolve(config.output)
-    model = ready.model
-    certificate = certify(model)
-    (folder / "certificate.json").write_text(json.dumps(certificate, indent=2))
-    console.print(tables.certificate_table(certificate))
+    certificate = write_certificate(ready.model, folder)
     if not certificate["holds"]:
         raise MergeError("the merge is not exact", where=str(folder))
-
-    unmerged, backbone = _twin(config), _twin(config)
-    refold.detach(backbone)
-    refold.merge(model)
-    cost: dict[str, Any] = {
-        "rows": _latency({"backbone": backbone, "unmerged": unmerged, "merged": model}, ready.preprocessing)
-    }
-    cost["environment"] = measure.environment()
-    (folder / "cost.json").write_text(json.dumps(cost, indent=2))
-    console.print(tables.cost_table(cost))
-
-    weights = export_weights(model, folder / "merged.safetensors")
-    onnx = export_onnx(model, folder / "merged.onnx", preprocessing=ready.preprocessing)
+    measure_cost(ready.model, ready.preprocessing, folder, BATCHES)
+    refold.merge(ready.model)
+    weights = export_weights(ready.model, folder / "merged.safetensors")
+    onnx = export_onnx(ready.model, folder / "merged.onnx", preprocessing=ready.preprocessing)
     console.print(
         f"ONNX against the merged model, batch 1 and 3: largest difference {onnx.max_abs:.1e}", highlight=False
     )
     return {"merged model": weights.path, "ONNX": onnx.path, "certificate": folder / "certificate.json"}
-
-
-def _twin(config: TrainConfig) -> nn.Module:
-    from refold.training import resolve
-
-    return resolve(config.output).model
-
-
-def _latency(models: dict[str, nn.Module], preprocessing: refold.Preprocessing) -> list[dict[str, Any]]:
-    from refold.bench import measure
-
-    rows = []
-    for batch in BATCHES:
-        images = torch.randn(batch, preprocessing.channels, *preprocessing.size)
-        with torch.inference_mode():
-            timings = measure.latency({name: _call(model, images) for name, model in models.items()}, rounds=15)
-        rows += measure.cost_rows(timings, batch=batch, reference="backbone")
-    return rows
-
-
-def _call(model: nn.Module, images: torch.Tensor) -> Any:
-    return lambda: model(images)

@@ -206,7 +206,7 @@ class TrainConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("data", "output", "weights"):
+        for name in ("data", "train", "val", "test", "weights", "output"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         for name in ("data", "model", "output", "cache"):

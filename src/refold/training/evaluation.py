@@ -71,8 +71,8 @@ def evaluate(
 
     Args:
         source: a model with an adapter, a run folder, an adapter file, or ``"hf-hub:user/repo"``.
-        data: a data set as for training, whose split ``split`` is scored, or, where it has no such split, all
-            of its images; None takes the data and the splits of the run folder.
+        data: a data set as for training, whose split ``split`` is scored, or all of its images where it is not split;
+            None takes the data and the splits of the run folder.
         split: ``"train"``, ``"val"`` or ``"test"``.
         train, val, test, target: as in :class:`TrainConfig`.
         skip_bad_images: leave out files that cannot be decoded instead of stopping.
@@ -90,12 +90,12 @@ def evaluate(
         raise DataError(f"must be train, val or test, not {split!r}", where="split")
     ready = resolve(source, weights=weights, force=force)
     if data is not None:
-        # Everything that no list claims: the images of a folder without splits are all to be scored.
         splits = datasets.load_dataset(
             data, train=train, val=val, test=test, target=target, fractions=(1.0, 0.0, 0.0),
             skip_bad_images=skip_bad_images,
         )  # fmt: skip
-        chosen = getattr(splits, split) or splits.train
+        undivided = splits.val is None and splits.test is None
+        chosen = splits.train if undivided else getattr(splits, split)
     elif ready.config is not None:
         splits = load_splits(ready.config)
         chosen = getattr(splits, split)

@@ -69,8 +69,9 @@ def train(
     """Adapt a backbone to a data set and write a run folder.
 
     The best epoch is chosen on the validation split alone, then scored in float32 on the validation and the
-    test split. Under ``accelerate launch`` every process calls this with the same arguments; the first one
-    writes, and ``output`` must be one folder for all.
+    test split. Under ``accelerate launch`` or ``torchrun`` every process calls this with the same arguments; the
+    first one writes, and ``output`` must be one folder for all. (On CPUs ``accelerate launch --cpu`` starts one process
+    whatever ``--num_processes`` says; ``--multi_gpu`` in its place starts all, GPUs or not.)
 
     The folder holds ``config.json``, ``metrics.jsonl``, ``adapter.safetensors`` (best epoch), ``checkpoint.pt``
     (last epoch), ``tensorboard/``, ``predictions.csv`` and ``thumbnails/`` (of the test split, else of the

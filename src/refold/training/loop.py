@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from refold.attachment import head_paths
 from refold.preprocessing import Preprocessing
+from refold.state import require_state
 from refold.training.config import Recipe
 from refold.training.inference import start_accelerator
 from refold.training.precision import flush_denormals, reduced_precision, resolve_precision
@@ -114,7 +114,7 @@ def fit(
                 folder.close()
         trainer.restore_best()
     model.eval()
-    built.finish(model, head_paths(model))
+    built.finish(model, require_state(model, "fit").record().head)
     epoch = trainer.epoch if trainer.best is None else trainer.best.epoch
     chosen = (row for row in trainer.history if row["split"] == "val" and row["epoch"] == epoch)
     return Fit(

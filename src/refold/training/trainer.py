@@ -205,6 +205,12 @@ class Trainer:
             images, targets = self.mixer(images, targets)
         with autocast(self.device, self.precision):
             logits = model(images)
+        if logits.shape[1:] != (self.task.outputs,):
+            raise DataError(
+                f"the model gives {list(logits.shape[1:])} outputs an image and the task needs {self.task.outputs}",
+                where="classes",
+                remedy=f"Build the model with num_classes={self.task.outputs}",
+            )
         loss = self.task.training_loss(logits.float(), targets)
         self.accelerator.backward(loss)
         if self.recipe.clip_grad is not None:

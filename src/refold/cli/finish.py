@@ -1,0 +1,53 @@
+"""What follows training in ``train`` and ``demo``: the certificate, the cost, and the report that shows them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import refold
+from refold.certificate import certify
+from refold.cli.console import console
+
+__all__ = ["measure_cost", "write_certificate"]
+
+
+def write_certificate(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Certify copies of ``model``, print the result and keep it in the run folder."""
+    from refold.report import tables
+
+    certificate = certify(model)
+    (folder / "certificate.json").write_text(json.dumps(certificate, indent=2))
+    console.print(tables.certificate_table(certificate))
+    return certificate
+
+
+def measure_cost(model: nn.Module, preprocessing: refold.Preprocessing, folder: Path, batches: tuple[int, ...]) -> None:
+    """Latency of the untouched backbone, the unmerged and the merged model, side by side, on this machine."""
+    from refold.bench import measure
+    from refold.report import tables
+
+    backbone, merged = copy.deepcopy(model), copy.deepcopy(model)
+    refold.detach(backbone)
+    refold.merge(merged, check=False)
+    models = {"backbone": backbone.eval(), "unmerged": model.eval(), "merged": merged.eval()}
+    device = next(model.parameters()).device
+    rows = []
+    for batch in batches:
+        images = torch.randn(batch, preprocessing.channels, *preprocessing.size, device=device)
+        with torch.inference_mode():
+            timings = measure.latency({name: _call(m, images) for name, m in models.items()}, rounds=15)
+        rows += measure.cost_rows(timings, batch=batch, reference="backbone")
+    cost = {"rows": rows, "environment": measure.environment()}
+    (folder / "cost.json").write_text(json.dumps(cost, indent=2))
+    console.print(tables.cost_table(cost))
+
+
+def _call(model: nn.Module, images: torch.Tensor) -> Callable[[], object]:
+    return lambda: model(images)
