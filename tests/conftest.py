@@ -6,6 +6,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples on every machine, and no time limit for one: a busy machine is not a bug.
+settings.register_profile("refold", deadline=None, derandomize=True, max_examples=60, database=None)
+settings.load_profile("refold")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,11 +11,9 @@ from functools import partial
 
 import timm
 import torch
-from open_clip.transformer import VisionTransformer as OpenClipTower
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torchvision.models import VisionTransformer as TorchvisionViT
 
 __all__ = ["CLASSES", "FAMILIES", "build", "images", "perturb", "relative"]
 
@@ -28,10 +26,10 @@ class OpenClipClassifier(nn.Module):
     """open_clip's image tower with a linear head, as users put it together."""
 
     def __init__(self) -> None:
+        from open_clip.transformer import VisionTransformer as Tower  # slow to import, and only needed here
+
         super().__init__()
-        self.visual = OpenClipTower(
-            image_size=32, patch_size=16, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=16
-        )
+        self.visual = Tower(image_size=32, patch_size=16, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=16)
         self.head = nn.Linear(16, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +48,14 @@ def swin() -> nn.Module:
     )
 
 
+def torchvision_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer as Torchvision
+
+    return Torchvision(
+        image_size=32, patch_size=16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=CLASSES
+    )
+
+
 def named(name: str, **options: object) -> Callable[[], nn.Module]:
     return partial(timm.create_model, name, num_classes=CLASSES, **options)
 
@@ -65,16 +71,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "vit_swiglu": partial(vit, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU),
     "timm_clip_tower": partial(vit, pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5)),
     "open_clip_tower": OpenClipClassifier,
-    "torchvision_vit": partial(
-        TorchvisionViT,
-        image_size=32,
-        patch_size=16,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=32,
-        mlp_dim=64,
-        num_classes=CLASSES,
-    ),
+    "torchvision_vit": torchvision_vit,
     "timm_test_vit2": named("test_vit2", img_size=32, depth=2),
     "timm_test_vit3": named("test_vit3", img_size=32, depth=2),
     "timm_test_vit4": named("test_vit4", img_size=32, depth=2),

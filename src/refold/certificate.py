@@ -24,8 +24,9 @@ def certify(model: nn.Module) -> dict[str, Any]:
     """Merge copies of an attached model and compare them with the unmerged one; ``model`` stays as it is.
 
     Rows ``float64`` and ``float32`` are the distance of merged from unmerged outputs. Row ``bfloat16`` is the
-    distance of the float32 merge, cast to bfloat16, from the unmerged float64 model, and its limit twice that of
-    the unmerged model run in bfloat16: merging may cost no precision beyond bfloat16's own rounding.
+    distance of the float32 merge, cast to bfloat16, from the unmerged float64 model, and its limit four times that
+    of the unmerged model run in bfloat16: both are rounding, which a few outputs show only to that accuracy, while
+    a wrong fold is off by far more.
 
     Returns:
         JSON-ready: ``dtypes`` (for each, ``max_abs``, ``max_rel`` relative to the largest output, ``rel_l2``
@@ -53,7 +54,7 @@ def certify(model: nn.Module) -> dict[str, Any]:
     dtypes["float32"] = _row(run_probes(single, state.example), unmerged, LIMITS[torch.float32])
     half_merged = run_probes(_copy(single, torch.bfloat16), state.example)
     rounding = difference(half_unmerged, reference)[1]
-    dtypes["bfloat16"] = _row(half_merged, reference, 2 * rounding)
+    dtypes["bfloat16"] = _row(half_merged, reference, 4 * rounding)
 
     untouched = _copy(model, torch.float32)
     detach(untouched)

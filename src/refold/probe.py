@@ -7,10 +7,11 @@ only if autograd's graph shows that nothing else consumes the layer's output.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,11 +100,15 @@ def _pair(value: Any) -> tuple[int, int]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; RNG state, buffers and every module's mode as before outside, also on errors."""
+    """Evaluation mode without autocast inside; RNG, buffers and every module's mode as before outside, also on errors."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    kinds = {p.device.type for p in model.parameters()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        for kind in filter(torch.amp.is_autocast_available, kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False))
         model.eval()
         try:
             yield
@@ -151,6 +156,9 @@ def trace(model: nn.Module, example: Example) -> Trace:
     Raises:
         SiteError: the forward fails on this example.
     """
+    if any(p.is_inference() for p in model.parameters()):
+        with torch.inference_mode(False):
+            model = copy.deepcopy(model)  # autograd records nothing through tensors made in inference mode
     result = Trace()
     inputs: dict[str, list[Value]] = defaultdict(list)
     outputs: dict[str, list[Value]] = defaultdict(list)

@@ -185,10 +185,16 @@ class Survey:
                     remedy=f"Roles found here: {roles or 'none'}; or name module paths in sites=",
                 )
             return found
-        found = [layer for path, layer in self.layers.items() if fnmatchcase(path, name)]
-        found = [layer for layer in found if layer.operator.folds_input]
+        named = [layer for path, layer in self.layers.items() if fnmatchcase(path, name)]
+        found = [layer for layer in named if layer.operator.folds_input]
         if found:
             return found
+        if named:
+            raise SiteError(
+                "a norm is not linear in its input, so nothing in front of it folds into it",
+                where=named[0].path,
+                remedy="Choose the layer behind it",
+            )
         reasons = [s for s in self.skipped if fnmatchcase(s.path, name)]
         if reasons:
             raise SiteError(reasons[0].reason, where=reasons[0].path, remedy="Choose another site")

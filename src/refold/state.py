@@ -148,11 +148,11 @@ def drop_compiled() -> None:
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor | None:
-    """Parameter or buffer by its state-dict name; None if the module has the slot but no tensor."""
+    """Parameter or buffer by its state-dict name; None if the module has no such tensor."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     # Not by attribute: a weight adapter may be shadowing the parameter, see hosting.
-    return module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+    return module._parameters.get(leaf, module._buffers.get(leaf))
 
 
 @torch.no_grad()

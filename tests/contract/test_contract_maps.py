@@ -165,7 +165,7 @@ def test_long_chains_stay_exact_in_float64(length):
     assert chain.up.shape == (WIDTH, 2 * length)
 
 
-def test_to_float64_copies_and_detaches():
+def test_to_float64_detaches():
     source = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
     copy = to_float64(source)
     assert copy.dtype == torch.float64

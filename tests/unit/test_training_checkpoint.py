@@ -106,6 +106,9 @@ def test_a_used_folder_is_refused_unless_the_same_run_goes_on(tmp_path: Path) ->
     folder.check(config(output), resume=False)
     folder.check(config(output), resume=True)
     folder.open(config(output, lr=1e-3))
+    folder.check(config(output, lr=2e-3), resume=False)  # it failed before it began: nothing is lost
+    folder.start_log([])
+    folder.close()
     with pytest.raises(DataError, match="not empty"):
         folder.check(config(output), resume=False)
     folder.check(config(output, lr=1e-3, workers=2), resume=True)

@@ -151,6 +151,30 @@ def test_everything_at_once_trains() -> None:
     assert found.attention in ("default", "math")
 
 
+class Attending(nn.Module):
+    """BatchNorm on the image, attention over its rows, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm2d(3), nn.Linear(96, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.norm(images).permute(0, 2, 1, 3).flatten(2)[:, None]
+        return self.fc(nn.functional.scaled_dot_product_attention(rows, rows, rows).mean(dim=(1, 2)))
+
+
+def test_choosing_the_kernel_leaves_moving_statistics_alone() -> None:
+    """The choice runs the model on noise in training mode; its BatchNorm must see the images alone."""
+    found = {}
+    for attention in ("default", "auto"):
+        torch.manual_seed(0)
+        model = refold.attach(Attending(), refold.FullFineTune(), example=torch.randn(2, 3, 32, 32))
+        run(model, RECIPE.replace(epochs=1, attention=attention, precision="fp32"))
+        found[attention] = model.norm.running_mean, model.norm.num_batches_tracked
+    assert int(found["auto"][1]) == 6
+    assert torch.equal(found["auto"][0], found["default"][0])
+
+
 def test_clipping_bounds_the_gradient() -> None:
     """The optimizer sees gradients whose norm is at most the limit."""
     norms: list[float] = []
@@ -236,3 +260,20 @@ def test_a_bare_recipe_can_be_resumed_too(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     with pytest.raises(DataError, match="seed: the run began with 0"):
         run(resumed, RECIPE.replace(seed=1), folder=RunFolder(tmp_path), resume=True)
+
+
+def test_a_head_of_another_size_is_named() -> None:
+    with pytest.raises(DataError, match=r"the model gives \[5\] outputs an image and the task needs 2"):
+        run(attached("test_vit", refold.LinearProbe(), outputs=5))
+
+
+def test_a_head_that_only_the_user_knows() -> None:
+    """The regression's unit goes into whatever ``trainable=`` named."""
+    torch.manual_seed(0)
+    body = timm.create_model("test_vit", pretrained=False, num_classes=0, img_size=32)
+    model = nn.Sequential(body, nn.Linear(64, 1))
+    refold.attach(model, refold.RepAdapter(rank=4), example=torch.randn(1, 3, 32, 32), trainable=("1",))
+    found = run(model, RECIPE.replace(epochs=6), kind="regress")
+    with torch.no_grad():
+        assert 90 < float(model(torch.zeros(1, 3, 32, 32))) < 160
+    assert found.metrics["mae"] < 12.5

@@ -117,9 +117,9 @@ def test_regression_folds_its_unit_into_the_head() -> None:
         ("regress", None, torch.rand(3), Recipe(mixup=0.1), "mixup"),
         ("regress", None, torch.rand(3), Recipe(class_weights="balanced"), "class_weights"),
         ("regress", None, torch.rand(3), Recipe(label_smoothing=0.1), "label_smoothing"),
-        ("classify", ["a"], torch.zeros(3, dtype=torch.long), Recipe(), "data"),
-        ("multilabel", [], torch.zeros(3, 0), Recipe(), "data"),
-        ("segment", ["a", "b"], torch.zeros(3, dtype=torch.long), Recipe(), "data"),
+        ("classify", ["a"], torch.zeros(3, dtype=torch.long), Recipe(), "classes"),
+        ("multilabel", [], torch.zeros(3, 0), Recipe(), "classes"),
+        ("segment", ["a", "b"], torch.zeros(3, dtype=torch.long), Recipe(), "task"),
     ],
 )
 def test_tasks_that_make_no_sense(kind, classes, targets, recipe, where) -> None:

@@ -211,3 +211,16 @@ def test_training_says_what_it_skipped_and_scores_no_test_when_told(root: Path, 
     assert set(result.evaluations) == {"val"}
     assert result.summary["evaluated_split"] == "val"
     assert sum(map(sum, result.summary["confusion"])) == 6
+
+
+def test_a_split_that_the_data_lacks_is_not_replaced_by_another(
+    colours: TrainResult, root: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "val"):
+        for path in (root / "colours").rglob("*.png"):
+            target = tmp_path / split / path.relative_to(root / "colours")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    assert len(evaluate(colours.output, tmp_path, split="val").rows) == 36
+    with pytest.raises(DataError, match="the data has no test split"):
+        evaluate(colours.output, tmp_path)

@@ -44,8 +44,8 @@ _LOOK_EVERY = 20  # steps between two looks at the losses
 class Trainer:
     """One run of :func:`refold.training.fit`, whose arguments these are.
 
-    What a checkpoint holds are the fields from ``epoch`` on, the trained tensors and the optimizer; ``saved`` counts
-    the epochs of the last one.
+    What a checkpoint holds are the fields from ``epoch`` to ``seconds``, the trained tensors and the optimizer;
+    ``saved`` counts the epochs in the last one.
     """
 
     model: nn.Module
@@ -64,11 +64,11 @@ class Trainer:
     best: Best | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    saved: int = 0
 
     def __post_init__(self) -> None:
         from refold.data import Loader
 
-        self.saved = 0
         recipe, here = self.recipe, self.accelerator
         self.device: torch.device = here.device
         self.task = self.task.to(self.device)
@@ -247,7 +247,10 @@ class Trainer:
             with autocast(self.device, self.precision):
                 self.model(images)
 
+        statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         chosen = [choose_attention(forward, self.device)]
+        for buffer, before in statistics:  # those that train have seen noise
+            buffer.copy_(before)
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -259,10 +262,11 @@ class Trainer:
         if bool(finite.all()):
             return
         step = first + int(finite.logical_not().nonzero()[0])
-        rates = self.schedule._get_lr(step)
+        self.schedule.step_update(step)
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
         raise RefoldError(
             f"the loss is {float(losses[step - first])} at step {step + 1} "
-            f"(epoch {self.epoch + 1}, learning rate {max(rates):.3g})",
+            f"(epoch {self.epoch + 1}, learning rate {rate:.3g})",
             remedy=_CURE,
         )
 
