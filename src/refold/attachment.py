@@ -286,8 +286,13 @@ def exchange_owned(model: nn.Module, state: State, name: str | None) -> None:
         return
     if outgoing is not None:
         old = state.records[outgoing]
-        old.values = {n: t.detach().clone() for n in old.owned if (t := get_tensor(model, n)) is not None}
+        old.values = {}
         for tensor_name in old.owned:
+            tensor = get_tensor(model, tensor_name)
+            if tensor is not None:
+                # A head of another size cannot share the backbone's parameter: it is kept as the object it is.
+                same = tensor.shape == state.base[tensor_name].shape
+                old.values[tensor_name] = tensor.detach().clone() if same else tensor
             set_tensor(model, tensor_name, state.base[tensor_name])
     if name is not None:
         new = state.records[name]

@@ -100,7 +100,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without autocast inside; RNG, buffers and every module's mode as before outside, also on errors."""
+    """Evaluation mode without autocast inside; RNG, buffers and modules' modes as before outside, also on errors."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

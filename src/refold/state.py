@@ -90,8 +90,10 @@ class State:
 
     def record(self, name: str | None = None) -> Record:
         """The record of ``name``, or of the adapter in use; raises :class:`SiteError` if there is none."""
-        chosen = name or self.active or self.merged
-        if chosen is None or chosen not in self.records:
+        chosen = name if name is not None else self.active or self.merged
+        if chosen is None:
+            raise SiteError("no adapter is in use here", remedy="Leave refold.disabled first, or name one")
+        if chosen not in self.records:
             raise SiteError(f"no adapter named {chosen!r}", remedy=f"Attached: {', '.join(self.records) or 'none'}")
         return self.records[chosen]
 
@@ -160,7 +162,8 @@ def set_tensor(model: nn.Module, name: str, value: Tensor | None) -> None:
     """Copy ``value`` into a parameter or buffer, keeping its identity, dtype and device.
 
     A parameter of another shape (a head with other classes) or one that did not exist (a created bias) is
-    replaced, because it cannot be kept.
+    replaced, because it cannot be kept; a value that is a parameter itself takes the place as the object it is, so
+    that an optimizer which holds it goes on training it.
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
@@ -174,6 +177,10 @@ def set_tensor(model: nn.Module, name: str, value: Tensor | None) -> None:
     else:
         like = current if current is not None else next(module.parameters())
         flag = current.requires_grad if current is not None else False
-        module.register_parameter(leaf, nn.Parameter(value.detach().clone().to(like), requires_grad=flag))
+        if isinstance(value, nn.Parameter):
+            value.data = value.data.to(like)
+        else:
+            value = nn.Parameter(value.detach().clone().to(like), requires_grad=flag)
+        module.register_parameter(leaf, value)
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape

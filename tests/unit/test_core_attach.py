@@ -250,9 +250,7 @@ def test_a_model_that_changes_its_input_in_place_can_be_probed():
 
 
 def small(cls: type[nn.Module], **options: Any) -> nn.Module:
-    return cls(
-        img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES, **options
-    ).eval()
+    return cls(img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES, **options).eval()
 
 
 @pytest.mark.parametrize("cls", [Beit, Eva])
@@ -316,7 +314,7 @@ def test_a_weight_that_is_also_used_elsewhere_does_not_merge():
     perturb(refold.trainable_parameters(model), 0.3)
     before = {n: v.clone() for n, v in model.state_dict().items()}
     output = model.eval()(x).detach()
-    with pytest.raises(refold.MergeError, match="merged and unmerged outputs differ .*the merge was undone"):
+    with pytest.raises(refold.MergeError, match=r"merged and unmerged outputs differ .*the merge was undone"):
         refold.merge(model)
     assert torch.equal(model(x), output)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
@@ -335,10 +333,10 @@ def test_dropout_where_the_input_is_out_of_reach_is_refused():
 
 def test_a_compiled_wrapper_is_refused():
     wrapper = torch.compile(build("vit"), backend="eager")
-    with pytest.raises(refold.SiteError, match="compiled wrapper.*Attach to the module itself"):
+    with pytest.raises(refold.SiteError, match=r"compiled wrapper.*Attach to the module itself"):
         refold.attach(wrapper, METHOD)
     for call in (refold.detach, refold.merge, refold.unmerge, refold.explain, refold.param_groups):
-        with pytest.raises(refold.SiteError, match="through a compiled wrapper. Pass the module you compiled"):
+        with pytest.raises(refold.SiteError, match=r"through a compiled wrapper. Pass the module you compiled"):
             call(wrapper)
 
 
@@ -347,7 +345,7 @@ def test_a_part_and_the_whole_do_not_both_carry_adapters():
     part = model.blocks[0]
     example = torch.randn(1, 5, 32)
     refold.attach(part, METHOD, example=example, trainable=())
-    with pytest.raises(refold.SiteError, match="blocks.0: adapters are attached to a part of this model"):
+    with pytest.raises(refold.SiteError, match=r"blocks.0: adapters are attached to a part of this model"):
         refold.attach(model, METHOD)
     refold.detach(part)
     refold.attach(model, METHOD)

@@ -71,7 +71,10 @@ def test_a_singular_map_whose_shift_must_move_into_the_norm_is_refused():
         adapter.down.zero_()
         adapter.up[3, 0], adapter.down[0, 3] = -1.0, 1.0
     refuses(
-        model, refold.MergeError, "blocks.1.attn.qkv: the adapter's matrix is singular.*allow_new_bias=True", check=False
+        model,
+        refold.MergeError,
+        "blocks.1.attn.qkv: the adapter's matrix is singular.*allow_new_bias=True",
+        check=False,
     )
 
 
@@ -122,7 +125,7 @@ def test_a_model_whose_output_cannot_be_compared_says_so():
             return self.head(self.body(x)).argmax(-1)
 
     model = refold.attach(Labels(), METHOD, example=torch.randn(2, 8))
-    with pytest.raises(refold.MergeError, match="returns no floating tensor.*check=False"):
+    with pytest.raises(refold.MergeError, match=r"returns no floating tensor.*check=False"):
         refold.merge(model)
     refold.merge(model, check=False)
 

@@ -181,6 +181,25 @@ def test_a_loaded_head_trains(tmp_path):
     assert model.head.weight.grad is not None
 
 
+def test_an_optimizer_goes_on_training_a_head_of_another_size(tmp_path):
+    model = build("vit")
+    for count in (5, 7):
+        refold.load(model, saved_with_classes(count, tmp_path)[0], name=f"classes{count}")
+    refold.activate(model, "classes5")
+    optimizer = torch.optim.SGD(refold.param_groups(model, lr=0.1))
+    refold.activate(model, "classes7")
+    refold.merge(model)
+    refold.switch(model, "classes5")
+    refold.unmerge(model)
+    with refold.disabled(model):
+        assert model.head.weight.shape == (CLASSES, 32)
+    before = model.head.weight.clone()
+    model(images(model)).pow(2).sum().backward()
+    optimizer.step()
+    assert model.head.weight.shape == (5, 32)
+    assert not torch.equal(model.head.weight, before)
+
+
 def test_each_has_its_own_batchnorm_statistics():
     model = build("resnet")
     x = images(model)

@@ -169,13 +169,19 @@ def test_the_disabled_model_is_the_backbone_and_comes_back_after_an_error():
         assert not refold.trainable_parameters(model)
     assert torch.equal(model(x), adapted)
 
-    def fails() -> None:
-        with refold.disabled(model):
-            raise ZeroDivisionError
-
-    pytest.raises(ZeroDivisionError, fails)
+    with pytest.raises(ZeroDivisionError), refold.disabled(model):
+        raise ZeroDivisionError
     assert torch.equal(model(x), adapted)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+def test_inside_disabled_no_adapter_is_in_use():
+    model = make("attached")
+    with refold.disabled(model), refold.disabled(model):
+        for call in (refold.merge, refold.explain, refold.param_groups):
+            with pytest.raises(refold.SiteError, match="no adapter is in use here"):
+                call(model)
+    assert refold.explain(model).name == "default"
 
 
 def test_gradients_gathered_before_a_disabled_pass_stay():

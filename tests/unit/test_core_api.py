@@ -1,0 +1,155 @@
+"""The public surface: names, signatures, and what importing costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import refold
+
+NAMES = {
+    "METHODS",
+    "BackboneError",
+    "BitFit",
+    "DataError",
+    "FullFineTune",
+    "LinearProbe",
+    "LoRA",
+    "MergeError",
+    "Method",
+    "MissingExtraError",
+    "Preprocessing",
+    "RefoldError",
+    "RepAdapter",
+    "SiteError",
+    "StoreError",
+    "__version__",
+    "activate",
+    "attach",
+    "describe",
+    "detach",
+    "disabled",
+    "explain",
+    "from_pretrained",
+    "load",
+    "merge",
+    "param_groups",
+    "predict",
+    "save",
+    "switch",
+    "train",
+    "trainable_parameters",
+    "unmerge",
+}
+
+REQUIRED = inspect.Parameter.empty
+#: The frozen part of each signature: name -> default, keyword-only after "*".
+SIGNATURES = {
+    "attach": (
+        {"model": REQUIRED, "method": REQUIRED},
+        {"name": "default", "example": None, "trainable": None, "allow_new_bias": False, "strict": False},
+    ),
+    "detach": ({"model": REQUIRED}, {}),
+    "disabled": ({"model": REQUIRED}, {}),
+    "merge": ({"model": REQUIRED}, {"check": True, "keep_base": True}),
+    "unmerge": ({"model": REQUIRED}, {}),
+    "switch": ({"model": REQUIRED, "name": REQUIRED}, {}),
+    "activate": ({"model": REQUIRED, "name": REQUIRED}, {}),
+    "explain": ({"model": REQUIRED}, {}),
+    "save": ({"model": REQUIRED, "path": REQUIRED}, {"name": None}),
+    "load": ({"model": REQUIRED, "source": REQUIRED}, {"name": None}),
+    "from_pretrained": ({"source": REQUIRED}, {}),
+    "trainable_parameters": ({"model": REQUIRED}, {}),
+    "param_groups": ({"model": REQUIRED, "lr": 1e-3, "head_lr": None, "weight_decay": 1e-4}, {}),
+}
+
+METHODS = {
+    "RepAdapter": {"rank": 8, "groups": 2, "scale": 1.0, "dropout": 0.1, "sites": None},
+    "LoRA": {"rank": 8, "scale": 1.0, "dropout": 0.0, "sites": None},
+    "BitFit": {},
+    "LinearProbe": {},
+    "FullFineTune": {},
+}
+
+
+def test_the_names_are_these():
+    assert set(refold.__all__) == NAMES
+    assert all(hasattr(refold, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_signatures_are_those_of_the_design(name):
+    positional, keywords = SIGNATURES[name]
+    parameters = inspect.signature(getattr(refold, name)).parameters.values()
+    found = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert found == positional
+    only = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert {n: only.get(n, "absent") for n in keywords} == keywords
+    assert all(p.default is not REQUIRED for p in parameters if p.name not in positional)
+    assert not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def test_the_methods_and_their_defaults_are_those_of_the_papers():
+    assert {n: {f.name: f.default for f in dataclasses.fields(m)} for n, m in refold.METHODS.items()} == METHODS
+    for name, method in refold.METHODS.items():
+        assert method is getattr(refold, name)
+        assert method.summary
+        assert method.paper
+        assert method() == method.from_json(method().to_json())
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            method().rank = 3
+
+
+def test_methods_print_what_differs_from_the_default():
+    assert refold.RepAdapter().describe() == "RepAdapter()"
+    assert refold.RepAdapter(rank=4, sites="mlp").describe() == "RepAdapter(rank=4, sites='mlp')"
+
+
+def test_every_public_name_says_what_it_is():
+    undocumented = [n for n in NAMES - {"METHODS", "__version__"} if not inspect.getdoc(getattr(refold, n))]
+    assert not undocumented
+
+
+def test_unknown_names_are_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'refold' has no attribute 'nothing'"):
+        _ = refold.nothing
+
+
+PROGRAM = """
+import sys, time
+import torch
+start = time.perf_counter()
+import refold
+seconds = time.perf_counter() - start
+heavy = {"timm", "transformers", "torchvision", "huggingface_hub", "accelerate", "open_clip", "matplotlib", "PIL",
+         "torchmetrics", "pandas", "rich", "typer", "onnx", "torch._dynamo"}
+print(seconds, *sorted(heavy & sys.modules.keys()))
+"""
+
+
+def test_importing_is_light():
+    """torch alone, and quick: 0.15 s is the goal, 0.5 s the limit here, so that a busy machine does not fail it."""
+    best = float("inf")
+    for _ in range(3):
+        found = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+        seconds, *heavy = found.stdout.split()
+        assert not heavy
+        best = min(best, float(seconds))
+        if best < 0.15:
+            break
+    print(f"import refold: {best:.3f} s after torch")
+    assert best < 0.5
+
+
+def test_attaching_does_not_load_the_compiler():
+    """The compiler takes seconds to import, and a plain model has no use for it."""
+    program = (
+        "import sys, torch, refold; from torch import nn; m = nn.Sequential(nn.Linear(8, 8)); "
+        "refold.attach(m, refold.RepAdapter(), example=torch.ones(1, 8), trainable=()); refold.merge(m); "
+        "refold.detach(m); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
