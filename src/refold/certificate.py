@@ -113,7 +113,11 @@ def _count(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _operations(model: nn.Module, example: Any) -> int:
-    counter = FlopCounterMode(display=False)
-    with preserved(model), counter:
-        forward(model, example)
+    counter, fast = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see inside fused attention layers
+    try:
+        with preserved(model), counter:
+            forward(model, example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()

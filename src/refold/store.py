@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import tempfile
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,51 +21,12 @@ from torch import Tensor, nn
 
 from refold import hosting
 from refold.attachment import Prepared, build_adapters, head_paths, install, prepare, require_room
-from refold.errors import MissingExtraError, RefoldError, SiteError, StoreError
+from refold.errors import SiteError, StoreError
 from refold.fingerprint import body_tensors, compare, fingerprint
-from refold.methods import Method, method_from_json
-from refold.preprocessing import Preprocessing
+from refold.header import FORMAT, Header, fetch, read_header
 from refold.state import Record, State, get_tensor, require_state, set_tensor, state_of
 
 __all__ = ["Header", "from_pretrained", "load", "read_header", "save"]
-
-FORMAT = 1
-_MAX_HEADER = 16 * 2**20
-_MAX_JSON = 4 * 2**20
-#: What a stranger's file may ask ``from_pretrained`` to build: pixels a side, outputs of the head.
-_MAX_SIZE = 4096
-_MAX_OUTPUTS = 2**20
-
-
-@dataclass(frozen=True)
-class Header:
-    """What an adapter file says about itself.
-
-    Attributes:
-        name: the adapter's name.
-        method: its hyper-parameters.
-        backbone: spec the backbone can be loaded from, "" if unknown.
-        architecture: class of the backbone.
-        fingerprint: see :mod:`refold.fingerprint`.
-        sites: (layer path, slot, shift) of every adapter.
-        head: module paths of the head.
-        classes, preprocessing, task, extra: what ``refold.describe`` was told.
-        refold: version that wrote the file.
-    """
-
-    name: str
-    method: Method
-    backbone: str
-    architecture: str
-    fingerprint: dict[str, Any]
-    sites: tuple[tuple[str, str, str], ...]
-    head: tuple[str, ...]
-    classes: tuple[str, ...] | None = None
-    preprocessing: Preprocessing | None = None
-    task: str = ""
-    allow_new_bias: bool = False
-    refold: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path:
@@ -130,7 +89,7 @@ def load(
         StoreError: no refold file, truncated, from a newer format, for another backbone, or sites missing.
         SiteError: the name is taken or the model is merged.
     """
-    path, where = _fetch(source), str(source)
+    path, where = fetch(source), str(source)
     header = read_header(path)
     require_room(model, name or header.name)
     _require_backbone(model, header, where, force)
@@ -174,7 +133,7 @@ def from_pretrained(source: str | Path, *, weights: str | Path | None = None, fo
         StoreError: as :func:`load`, or the file does not say which backbone it is for.
         BackboneError: the backbone cannot be loaded.
     """
-    path = _fetch(source)
+    path = fetch(source)
     header = read_header(path)
     if not header.backbone:
         raise StoreError(
@@ -267,111 +226,7 @@ def _write_atomically(target: Path, tensors: dict[str, Tensor], metadata: dict[s
         raise
 
 
-# -- reading --------------------------------------------------------------------------------------------------
-
-
-def _fetch(source: str | Path) -> Path:
-    text = str(source)
-    if not text.startswith("hf-hub:"):
-        return Path(source)
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise MissingExtraError.of("huggingface_hub", "all") from error
-    repo = text.removeprefix("hf-hub:")
-    try:
-        return Path(hf_hub_download(repo, "adapter.safetensors"))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise StoreError(
-            f"cannot be downloaded ({type(error).__name__})",
-            where=text,
-            remedy="Check the name and the network, or download adapter.safetensors elsewhere and pass its path",
-        ) from error
-
-
-def read_header(source: str | Path) -> Header:
-    """What an adapter file says about itself, without touching its tensors.
-
-    Raises:
-        StoreError: the file is missing, no refold adapter, truncated, malformed, or from a newer format.
-    """
-    path = _fetch(source)
-    where = str(source)
-    metadata = _safetensors_metadata(path, where)
-    raw = metadata.get("refold")
-    if not isinstance(raw, str):
-        raise StoreError(
-            "a safetensors file, but not a refold adapter", where=where, remedy="Write it with refold.save"
-        )
-    if len(raw) > _MAX_JSON:
-        raise StoreError("the header is implausibly large", where=where)
-    try:
-        data = json.loads(raw)
-        found = data["format"]
-        if type(found) is not int or not 1 <= found <= FORMAT:
-            raise StoreError(
-                f"written in format {found}, this refold reads up to {FORMAT}",
-                where=where,
-                remedy="Upgrade refold",
-            )
-        header = Header(
-            name=str(data["name"]),
-            method=method_from_json(data["method"]),
-            backbone=str(data["backbone"]),
-            architecture=str(data["architecture"]),
-            fingerprint=dict(data["fingerprint"]),
-            sites=tuple((str(p), str(s), str(t)) for p, s, t in data["sites"]),
-            head=tuple(map(str, data["head"])),
-            classes=None if data["classes"] is None else tuple(map(str, data["classes"])),
-            preprocessing=None if data["preprocessing"] is None else Preprocessing.from_json(data["preprocessing"]),
-            task=str(data["task"]),
-            allow_new_bias=bool(data["allow_new_bias"]),
-            refold=str(data["refold"]),
-            extra=dict(data["extra"]),
-        )
-    except StoreError:
-        raise
-    except (RefoldError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise StoreError(f"the header is malformed ({type(error).__name__}: {error})", where=where) from error
-    outputs = header.extra.get("outputs", 1)
-    if not isinstance(outputs, int) or not 1 <= outputs <= _MAX_OUTPUTS:
-        raise StoreError(f"asks for {outputs!r} outputs", where=where)
-    if header.preprocessing is not None and max(header.preprocessing.size) > _MAX_SIZE:
-        raise StoreError(f"asks for images of {header.preprocessing.size} pixels", where=where)
-    return header
-
-
-def _safetensors_metadata(path: Path, where: str) -> dict[str, Any]:
-    """The metadata, after checking that header and tensors lie inside the file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-            if length < 2 or length > min(_MAX_HEADER, size - 8):
-                raise StoreError(
-                    "not a safetensors file, or truncated", where=where, remedy="Copy or download it again"
-                )
-            header = json.loads(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("the header is no object")
-        metadata = header.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end != size - 8 - length:
-            raise StoreError(
-                f"truncated: its header promises {end + 8 + length:,} bytes, the file has {size:,}",
-                where=where,
-                remedy="Copy or download it again",
-            )
-        if not isinstance(metadata, dict):
-            raise ValueError("the metadata is no object")
-        with safe_open(path, framework="pt"):  # validates dtypes, shapes and offsets against each other
-            return metadata
-    except OSError as error:
-        raise StoreError(f"cannot be read ({error.strerror or error})", where=where) from error
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
-        raise StoreError(f"not a valid safetensors file ({error})", where=where) from error
+# -- reading -----------------------------------------------------------------------------------------------------
 
 
 def _require_backbone(model: nn.Module, header: Header, where: str, force: bool) -> None:

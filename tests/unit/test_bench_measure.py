@@ -176,28 +176,6 @@ def test_peak_memory_is_this_process_and_not_the_one_that_started_it():
     assert 50e6 < int(child.stdout) < here - 200e6
 
 
-def test_memory_rise_sees_what_was_freed_before_the_end():
-    with measure.memory_rise("cpu", interval=0.001) as rise:
-        block = torch.ones(25_000_000)  # 100 MB
-        for _ in range(5):
-            block.add_(1)
-        del block
-    assert 95e6 < rise.bytes < 160e6
-
-
-def test_memory_rise_is_filled_in_when_the_block_fails():
-    def fail():
-        with measure.memory_rise("cpu") as rise:
-            results.append(rise)
-            results.append(torch.ones(25_000_000))
-            raise RuntimeError("inside")
-
-    results = []
-    with pytest.raises(RuntimeError, match="inside"):
-        fail()
-    assert results[0].bytes > 95e6
-
-
 # --- operations and parameters ----------------------------------------------------------------------------
 
 

@@ -7,15 +7,12 @@ changing order, and compares them by ratios paired within a round, which the dri
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +25,6 @@ from refold.bench.environment import environment
 from refold.errors import RefoldError
 
 __all__ = [
-    "MemoryRise",
     "ParameterCount",
     "Ratio",
     "StoredBytes",
@@ -39,7 +35,6 @@ __all__ = [
     "count_parameters",
     "environment",
     "latency",
-    "memory_rise",
     "peak_memory",
     "stored_bytes",
 ]
@@ -295,54 +290,6 @@ def peak_memory(device: torch.device | str | None = None) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
-
-
-@dataclass
-class MemoryRise:
-    """Result of :func:`memory_rise`: ``bytes`` above the level at the start, filled in when it ends."""
-
-    bytes: int = 0
-
-
-@contextmanager
-def memory_rise(device: torch.device | str | None = None, *, interval: float = 0.005) -> Iterator[MemoryRise]:
-    """Measure by how much memory rises above its level at the start of the block.
-
-    On CUDA this is exact (the allocator's own peak). On the CPU a thread samples resident memory every
-    ``interval`` seconds; memory that an earlier block freed but that the C allocator kept is reused without
-    a rise, so compare candidates in fresh processes, or the largest first is flattered.
-    """
-    device, rise = _device(device), MemoryRise()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        yield rise
-        torch.cuda.synchronize(device)
-        rise.bytes = torch.cuda.max_memory_allocated(device) - start
-        return
-
-    import psutil
-
-    resident = psutil.Process().memory_info
-    start = peak = resident().rss
-    done = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(interval):
-            peak = max(peak, resident().rss)
-
-    thread = threading.Thread(target=sample, name="refold-memory", daemon=True)
-    thread.start()
-    try:
-        yield rise
-    finally:
-        last = resident().rss
-        done.set()
-        thread.join()
-        rise.bytes = max(peak, last) - start
 
 
 # --- operations and parameters ----------------------------------------------------------------------------
