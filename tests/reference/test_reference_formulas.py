@@ -95,7 +95,7 @@ def test_repadapter_around_a_convolution_and_its_fold_are_the_formula(padding, s
     model = nn.Sequential(nn.Conv2d(WIDTH, OUT, 3, padding=padding, stride=stride)).double()
     weight, bias = numpy64(model[0].weight.clone()), numpy64(model[0].bias.clone())
     x = np.random.default_rng(0).normal(size=(2, WIDTH, 6, 7))
-    refold.attach(model, refold.RepAdapter(rank=RANK), example=torch.from_numpy(x), trainable=())
+    refold.attach(model, refold.RepAdapter(rank=RANK, scale=0.7), example=torch.from_numpy(x), trainable=())
     slot = model[0].get_submodule("refold.default")
     with torch.no_grad():
         for parameter in slot.parameters():
@@ -163,7 +163,7 @@ def test_a_batchnorm_absorbs_the_shift_as_the_formula_says():
     model[1].running_mean.normal_()
     weight, mean = numpy64(model[0].weight.clone()), numpy64(model[1].running_mean.clone())
     x = torch.randn(2, WIDTH, 5, 5).double()
-    refold.attach(model, refold.RepAdapter(rank=RANK), example=x, trainable=())
+    refold.attach(model, refold.RepAdapter(rank=RANK, scale=-2.0), example=x, trainable=())
     assert refold.explain(model).rows[0].shift == "BatchNorm 1"
     slot = model[0].get_submodule("refold.default")
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_a_batchnorm_absorbs_the_shift_as_the_formula_says():
 def test_the_norm_before_absorbs_the_shift_as_the_formula_says():
     model = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, OUT, bias=False)).double()
     weight, bias = numpy64(model[1].weight.clone()), numpy64(model[0].bias.clone())
-    refold.attach(model, refold.RepAdapter(rank=RANK), example=torch.randn(2, WIDTH).double(), trainable=())
+    refold.attach(model, refold.RepAdapter(rank=RANK, scale=0.5), example=torch.randn(2, WIDTH).double(), trainable=())
     assert refold.explain(model).rows[0].shift == "norm 0"
     slot = model[1].get_submodule("refold.default")
     with torch.no_grad():

@@ -192,6 +192,17 @@ def test_changed_merged_weights_are_not_thrown_away(change, call):
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
+def test_a_tensor_that_holds_a_fold_does_not_train():
+    """Also where it trained before: an optimizer would change the fold, and unmerge would have to refuse."""
+    model = refold.attach(build("vit"), METHOD, trainable=("head", "blocks.0.attn.qkv.bias"))
+    perturb(refold.trainable_parameters(model))
+    trainable = set(refold.trainable_parameters(model))
+    refold.merge(model)
+    assert set(refold.trainable_parameters(model)) == {"head.weight", "head.bias"}
+    refold.unmerge(model)
+    assert set(refold.trainable_parameters(model)) == trainable
+
+
 def test_what_is_not_folded_may_change():
     model = trained()
     refold.merge(model)
