@@ -169,7 +169,7 @@ def epoch(rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-PARTS = {"inference": (inference, 15), "step": (step, 15), "epoch": (epoch, 3)}
+PARTS = {"inference": (inference, 15), "step": (step, 15), "epoch": (epoch, 5)}
 
 
 def main() -> None:

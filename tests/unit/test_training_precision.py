@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import timm
@@ -193,3 +194,59 @@ def test_every_kernel_computes_attention(name: str, limit: float) -> None:
     assert found.dtype == torch.bfloat16
     assert (found.double() - wanted).norm() / wanted.norm() < limit
     assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == before
+
+
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False), (False, False, True), (True, False, False)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_plain_products_have_the_gradients_of_attention(needed: tuple[bool, ...], scale: float | None) -> None:
+    """Against autograd through the formula in float64, for queries, keys and values of different sizes."""
+    torch.manual_seed(0)
+    shapes = ((2, 4, 9, 16), (2, 4, 33, 16), (2, 4, 33, 8))
+    inputs = [torch.randn(shape).bfloat16().requires_grad_(need) for shape, need in zip(shapes, needed, strict=True)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    gradient = torch.randn(2, 4, 9, 8).bfloat16()
+    q, k, v = exact
+    wanted = (q @ k.mT * (scale or 0.25)).softmax(-1) @ v
+    wanted.backward(gradient.double())
+    with attention_kernel("math-bf16"):
+        found = F.scaled_dot_product_attention(*inputs, scale=scale)
+    found.backward(gradient)
+    assert (found.double() - wanted).norm() / wanted.norm() < 0.012
+    for tensor, reference, need in zip(inputs, exact, needed, strict=True):
+        assert (tensor.grad is not None) is need
+        if tensor.grad is not None and reference.grad is not None:
+            assert tensor.grad.dtype == torch.bfloat16
+            assert (tensor.grad.double() - reference.grad).norm() / reference.grad.norm() < 0.02
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": torch.ones(9, 9, dtype=torch.bool).tril(-1)},  # its first row is masked throughout
+        {"attn_mask": torch.randn(9, 9).bfloat16()},
+        {"is_causal": True},
+        {"enable_gqa": True},
+    ],
+)
+def test_plain_products_leave_other_attention_to_pytorch(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    query, value = torch.randn(2, 4, 9, 16).bfloat16(), torch.randn(2, 4, 9, 16).bfloat16()
+    if "enable_gqa" in options:
+        value = value[:, :2]
+    wanted = F.scaled_dot_product_attention(query, value, value, **options)
+    with attention_kernel("math-bf16"):
+        found = F.scaled_dot_product_attention(query, value, value, **options)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+
+
+def test_plain_products_follow_autocast_and_leave_float32_alone() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 4, 9, 16)
+    exact = F.scaled_dot_product_attention(*inputs.unbind())
+    with attention_kernel("math-bf16"):
+        torch.testing.assert_close(F.scaled_dot_product_attention(*inputs.unbind()), exact)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = F.scaled_dot_product_attention(*inputs.unbind())
+    assert low.dtype == torch.bfloat16
+    assert (low - exact).norm() / exact.norm() < 0.012

@@ -7,8 +7,9 @@ long ones. The answer depends on device, type and length, so :func:`choose_atten
 =============  ==========================================================================================
 ``default``    what PyTorch picks
 ``math``       plain matrix products; bfloat16 inputs are computed in float32
-``math-bf16``  plain matrix products in the inputs' own type, as autocast did before fused kernels: scores are
-               rounded to bfloat16 before the softmax, so the error is about twice that of rounding the result
+``math-bf16``  plain matrix products in bfloat16, as autocast did before fused kernels (see
+               :mod:`refold.training.products`): scores are rounded to bfloat16 before the softmax, so the error
+               is about twice that of rounding the result
 =============  ==========================================================================================
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from refold.training.products import MatrixProducts
 
 __all__ = ["KERNELS", "attention_kernel", "choose_attention"]
 
@@ -40,11 +43,12 @@ def attention_kernel(name: str) -> Iterator[None]:
     if name == "default":
         yield
         return
+    low = name == "math-bf16"
     flags = torch.backends.cuda  # their name notwithstanding, these settings hold on every device
     before = flags.fp16_bf16_reduction_math_sdp_allowed()
-    flags.allow_fp16_bf16_reduction_math_sdp(name == "math-bf16")
+    flags.allow_fp16_bf16_reduction_math_sdp(low)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), MatrixProducts() if low else nullcontext():
             yield
     finally:
         flags.allow_fp16_bf16_reduction_math_sdp(before)

@@ -14,6 +14,7 @@ from refold.preprocessing import Preprocessing
 from refold.state import require_state
 from refold.training.config import Recipe
 from refold.training.inference import start_accelerator
+from refold.training.memory import keep_freed_memory
 from refold.training.precision import flush_denormals, reduced_precision, resolve_precision
 from refold.training.run import RunFolder
 from refold.training.tasks import Task, make_task, plain_task
@@ -96,6 +97,8 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(flush_denormals())
+        if device.type == "cpu":
+            stack.enter_context(keep_freed_memory())
         if precision == "bf16":
             stack.enter_context(reduced_precision(model))
         trainer = Trainer(
