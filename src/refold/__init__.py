@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from refold.attachment import (
     activate,
     attach,
-    describe,
     detach,
     disabled,
     param_groups,
     trainable_parameters,
 )
+from refold.combination import combine
 from refold.errors import (
     BackboneError,
     DataError,
@@ -31,9 +31,11 @@ from refold.errors import (
     SiteError,
     StoreError,
 )
-from refold.inspection import explain
+from refold.hub import push_to_hub
+from refold.inspection import describe, explain
 from refold.merging import merge, switch, unmerge
-from refold.methods import METHODS, BitFit, FullFineTune, LinearProbe, LoRA, Method, RepAdapter
+from refold.methods import METHODS, OFT, SSF, BitFit, DoRA, FullFineTune, LinearProbe, LoRA, Method, RepAdapter
+from refold.peft_format import load_peft, save_peft
 from refold.preprocessing import Preprocessing
 from refold.store import from_pretrained, load, save
 
@@ -44,9 +46,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "OFT",
+    "SSF",
     "BackboneError",
     "BitFit",
     "DataError",
+    "DoRA",
     "FullFineTune",
     "LinearProbe",
     "LoRA",
@@ -61,16 +66,20 @@ __all__ = [
     "__version__",
     "activate",
     "attach",
+    "combine",
     "describe",
     "detach",
     "disabled",
     "explain",
     "from_pretrained",
     "load",
+    "load_peft",
     "merge",
     "param_groups",
     "predict",
+    "push_to_hub",
     "save",
+    "save_peft",
     "switch",
     "train",
     "trainable_parameters",

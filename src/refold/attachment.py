@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from refold import hosting
 from refold.adapters import Adapter
 from refold.errors import SiteError
 from refold.fold import BatchNorm
 from refold.methods import Method, Plan
-from refold.preprocessing import Preprocessing
 from refold.probe import Example
-from refold.sites import Survey, head_paths
 from refold.state import (
     Record,
     State,
@@ -25,16 +24,16 @@ from refold.state import (
     get_tensor,
     is_compiled_wrapper,
     require_state,
+    require_whole,
     set_tensor,
     state_of,
     store_state,
 )
+from refold.survey import Survey, head_paths
 
 __all__ = [
     "activate",
     "attach",
-    "describe",
-    "description",
     "detach",
     "disabled",
     "head_paths",
@@ -130,12 +129,15 @@ def prepare(
 
 
 def build_adapters(model: nn.Module, prepared: Prepared, device: torch.device | None = None) -> dict[str, Adapter]:
-    """Host path -> fresh adapter, beside its host (or on ``device``) and never below float32.
+    """Host path -> fresh adapter, beside its host (or on ``device``) and never below float32; shared ones are one.
 
     Updates of a trained adapter would round away in bfloat16.
     """
     adapters = {}
     for site in prepared.plan.sites:
+        if site.shares is not None:
+            adapters[site.path] = adapters[site.shares]
+            continue
         weight = next(model.get_submodule(site.path).parameters())
         floating = weight.dtype if weight.is_floating_point() else torch.float32
         dtype = torch.promote_types(floating, torch.float32)
@@ -168,7 +170,7 @@ def install(model: nn.Module, prepared: Prepared) -> nn.Module:
         plan.trains_statistics,
     )
     for site in plan.sites:
-        hosting.host(model.get_submodule(site.path), site, prepared.name, adapters[site.path])
+        hosting.host(model, site, prepared.name, adapters[site.path])
     activate(model, prepared.name)
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -186,6 +188,15 @@ def require_room(model: nn.Module, name: str) -> None:
             where=type(model).__name__,
             remedy="Attach to the module itself, then compile it",
         )
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, tensor in tensors if is_lazy(tensor) or tensor.device.type == "meta"]
+    if empty:
+        raise SiteError(
+            "it has no values yet (lazy, or on device meta), so nothing could be probed or adapted",
+            where=empty[0],
+            remedy="Load the weights first: call the model once, or model.to_empty(device=...), then load_state_dict",
+        )
+    require_whole(model, "attach")
     state = state_of(model)
     if state is not None and state.merged is not None:
         raise SiteError(f"adapter {state.merged!r} is merged", where="attach", remedy="Call refold.unmerge first")
@@ -370,7 +381,7 @@ def param_groups(
     Raises:
         SiteError: nothing is attached.
     """
-    state = require_state(model, "make parameter groups")
+    state = require_state(model, "make parameter groups", sharded=True)
     record = state.record()
     head_names = set(_parameters_under(model, record.head)) if record.head else set()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -381,31 +392,3 @@ def param_groups(
         {"params": parameters, "lr": rate[is_head], "weight_decay": weight_decay if decays else 0.0}
         for (is_head, decays), parameters in groups.items()
     ]
-
-
-def describe(
-    model: nn.Module,
-    *,
-    backbone: str | None = None,
-    classes: list[str] | None = None,
-    preprocessing: Preprocessing | None = None,
-    task: str | None = None,
-    **extra: Any,
-) -> None:
-    """Tell refold what an adapter file should say about the active adapter; None leaves a field as it is.
-
-    Args:
-        backbone: the spec the backbone was loaded from.
-        classes: class names in the order of the head's outputs.
-        preprocessing: evaluation preprocessing.
-        task: ``"classify"``, ``"multilabel"`` or ``"regress"``.
-        extra: further values that fit in JSON.
-    """
-    info = require_state(model, "describe").record().info
-    given = {"backbone": backbone, "classes": classes, "preprocessing": preprocessing, "task": task, **extra}
-    info.update({key: value for key, value in given.items() if value is not None})
-
-
-def description(model: nn.Module) -> dict[str, Any]:
-    """What :func:`describe` was told about the active adapter."""
-    return dict(require_state(model, "read the description").record().info)

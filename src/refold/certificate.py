@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from refold.attachment import detach
+from refold.comparison import LIMITS, difference, probe_examples, run_probes
 from refold.errors import MergeError
 from refold.hosting import hooks_left
-from refold.merging import LIMITS, difference, merge, probe_examples, run_probes
+from refold.merging import merge
 from refold.probe import forward, preserved
 from refold.state import require_state
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refold.maps import to_dense
+
 __all__ = ["compare", "fingerprint"]
 
 _SAMPLES = 4
@@ -75,7 +77,7 @@ def _names(tensors: Iterable[str]) -> list[str]:
 
 def _sample(tensor: Tensor) -> Tensor:
     """A few elements spread over the tensor, as float32 on the CPU."""
-    flat = tensor.detach().reshape(-1)
+    flat = to_dense(tensor.detach()).reshape(-1)
     if flat.numel() == 0:
         return torch.zeros(_SAMPLES)
     at = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).round().long()

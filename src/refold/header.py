@@ -18,9 +18,11 @@ from refold.errors import MissingExtraError, RefoldError, StoreError
 from refold.methods import Method, method_from_json
 from refold.preprocessing import Preprocessing
 
-__all__ = ["FORMAT", "Header", "fetch", "read_header"]
+__all__ = ["FORMAT", "HUB_FILE", "Header", "fetch", "hub_remedy", "read_header", "safetensors_metadata"]
 
 FORMAT = 1
+#: The adapter's file in a hub repository.
+HUB_FILE = "adapter.safetensors"
 _MAX_HEADER = 16 * 2**20
 _MAX_JSON = 4 * 2**20
 #: What a stranger's file may ask ``from_pretrained`` to build: pixels a side, outputs of the head.
@@ -60,23 +62,31 @@ class Header:
 
 
 def fetch(source: str | Path) -> Path:
+    """A local file as it is; the adapter of ``hf-hub:user/repo`` (``@revision`` may follow) from the hub's cache."""
     text = str(source)
     if not text.startswith("hf-hub:"):
         return Path(source)
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingExtraError.of("huggingface_hub", "all") from error
-    repo = text.removeprefix("hf-hub:")
+    repo, _, revision = text.removeprefix("hf-hub:").partition("@")
     try:
-        return Path(hf_hub_download(repo, "adapter.safetensors"))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        return Path(hf_hub_download(repo, HUB_FILE, revision=revision or None))
+    except Exception as error:  # the hub's client lets through errors of its transport, of any class
         raise StoreError(
             f"cannot be downloaded ({type(error).__name__})",
             where=text,
-            remedy="Check the name and the network, or download adapter.safetensors elsewhere and pass its path",
+            remedy=hub_remedy(error, f"download {HUB_FILE} elsewhere and pass its path"),
         ) from error
+
+
+def hub_remedy(error: Exception, otherwise: str) -> str:
+    """What to do about a failed call to the hub."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
+        return f"Log in with `hf auth login` as someone who may do this, or {otherwise}"
+    return f"Check the name and the network, or {otherwise}"
 
 
 def read_header(source: str | Path) -> Header:
@@ -87,7 +97,7 @@ def read_header(source: str | Path) -> Header:
     """
     path = fetch(source)
     where = str(source)
-    metadata = _safetensors_metadata(path, where)
+    metadata = safetensors_metadata(path, where)
     raw = metadata.get("refold")
     if not isinstance(raw, str):
         raise StoreError(
@@ -131,7 +141,7 @@ def read_header(source: str | Path) -> Header:
     return header
 
 
-def _safetensors_metadata(path: Path, where: str) -> dict[str, Any]:
+def safetensors_metadata(path: Path, where: str) -> dict[str, Any]:
     """The metadata, after checking that header and tensors lie inside the file."""
     try:
         size = path.stat().st_size

@@ -1,16 +1,18 @@
-"""explain: what is attached where, what merges, and where each shift goes."""
+"""explain: what is attached where, what merges, and where each shift goes; describe: what its file should say."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from refold.hosting import adapter_parameters, hosted
+from refold.preprocessing import Preprocessing
 from refold.state import Record, get_tensor, require_state
 
-__all__ = ["Explanation", "Row", "explain"]
+__all__ = ["Explanation", "Row", "describe", "description", "explain"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Row:
 
     Attributes:
         path: module path; for parts trained in place, of the module that owns the parameters.
-        slot: ``"input"``, ``"weight"``, ``"in place"``, ``"head"`` or ``"-"`` for a layer that was left out.
+        slot: ``"input"``, ``"output"``, ``"weight"``, ``"in place"``, ``"head"``, or ``"-"`` for a layer that was
+            left out.
         role: the paper's name of the place, "" if none.
         width: channels the adapter sees; 0 where there is no adapter.
         parameters: number of trainable values here.
@@ -94,7 +97,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         SiteError: nothing is attached.
     """
-    state = require_state(model, "explain")
+    state = require_state(model, "explain", sharded=True)
     record = state.record()
     name = state.active or state.merged or ""
     rows = _site_rows(model, record, name, merged=state.merged is not None) + _owned_rows(model, record)
@@ -109,7 +112,7 @@ def _site_rows(model: nn.Module, record: Record, name: str, *, merged: bool) -> 
     rows = []
     for site in record.sites:
         adapter = record.parked[site.path] if merged else slots[site.path][name]
-        count = sum(p.numel() for p in adapter.parameters())
+        count = 0 if site.shares else sum(p.numel() for p in adapter.parameters())
         reason = "; ".join(filter(None, ("folds exactly", site.note)))
         shift = "" if site.shift is None else str(site.shift)
         rows.append(Row(site.path, site.slot, site.role, site.width, count, record.method.mergeable, reason, shift))
@@ -127,3 +130,31 @@ def _owned_rows(model: nn.Module, record: Record) -> list[Row]:
         Row(path, slot, "", 0, count, True, "trained in the backbone's own tensors", "")
         for (path, slot), count in by_module.items()
     ]
+
+
+def describe(
+    model: nn.Module,
+    *,
+    backbone: str | None = None,
+    classes: list[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    task: str | None = None,
+    **extra: Any,
+) -> None:
+    """Tell refold what an adapter file should say about the active adapter; None leaves a field as it is.
+
+    Args:
+        backbone: the spec the backbone was loaded from.
+        classes: class names in the order of the head's outputs.
+        preprocessing: evaluation preprocessing.
+        task: ``"classify"``, ``"multilabel"`` or ``"regress"``.
+        extra: further values that fit in JSON.
+    """
+    info = require_state(model, "describe", sharded=True).record().info
+    given = {"backbone": backbone, "classes": classes, "preprocessing": preprocessing, "task": task, **extra}
+    info.update({key: value for key, value in given.items() if value is not None})
+
+
+def description(model: nn.Module) -> dict[str, Any]:
+    """What :func:`describe` was told about the active adapter."""
+    return dict(require_state(model, "read the description", sharded=True).record().info)

@@ -17,7 +17,28 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["ChannelMap", "WeightMap", "to_float64"]
+__all__ = ["ChannelMap", "WeightMap", "is_quantized", "to_dense", "to_float64"]
+
+#: Types of quantized weights, by where they are defined: neither package need be there.
+_QUANTIZED = frozenset(
+    {
+        "torchao.utils.TorchAOBaseTensor",
+        "bitsandbytes.nn.modules.Int8Params",
+        "bitsandbytes.nn.modules.Params4bit",
+    }
+)
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a quantized weight of torchao or bitsandbytes."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" in _QUANTIZED for cls in type(tensor).__mro__)
+
+
+def to_dense(tensor: Tensor) -> Tensor:
+    """The floating numbers a quantized weight stands for; any other tensor, or one nothing can read, as it is."""
+    if not is_quantized(tensor) or not tensor.is_floating_point():
+        return tensor
+    return tensor.dequantize()
 
 
 def to_float64(tensor: Tensor) -> Tensor:

@@ -7,25 +7,31 @@ and rounded once to the weight's own dtype, so any number of switches never drif
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from refold import hosting
-from refold.adapters import Adapter, ChannelAdapter, WeightAdapter
+from refold import hosting, kept, quantized
+from refold.adapters import Adapter
 from refold.attachment import activate, exchange_owned
+from refold.comparison import LIMITS, compute_dtype, difference, run_probes
 from refold.errors import MergeError, RefoldError
-from refold.fold import KINDS, fold_input
-from refold.maps import ChannelMap, to_float64
-from refold.probe import Example, forward, preserved, tensors_of
+from refold.folding import fold_all
+from refold.maps import to_float64
 from refold.sites import Site
-from refold.state import Record, State, drop_compiled, get_tensor, require_state, set_tensor, tensor_name
+from refold.state import (
+    Kept,
+    State,
+    drop_compiled,
+    get_tensor,
+    recompiled_if_replaced,
+    require_state,
+    set_tensor,
+)
 
-__all__ = ["LIMITS", "MergeReport", "merge", "switch", "unmerge"]
-
-#: Largest relative L2 distance between merged and unmerged outputs that counts as equal.
-LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
+__all__ = ["MergeReport", "merge", "switch", "unmerge"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,10 @@ class MergeReport:
         checked: whether outputs were compared.
         dtype: precision of the comparison; low-precision models are compared through float32 copies.
         max_abs, rel_l2: largest absolute and relative L2 difference of merged and unmerged outputs.
+        dequantized: names of the weights that were quantized and are floating now.
+        extra_bytes: how much larger they are.
+        loss: relative L2 difference that giving up quantized arithmetic made to the outputs, in the model's own
+            precision, the fold included; what rounding to few values cost before is not won back.
     """
 
     name: str
@@ -46,9 +56,12 @@ class MergeReport:
     dtype: str = ""
     max_abs: float = 0.0
     rel_l2: float = 0.0
+    dequantized: tuple[str, ...] = ()
+    extra_bytes: int = 0
+    loss: float = 0.0
 
 
-def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True) -> MergeReport:
+def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True, dequantize: bool = False) -> MergeReport:
     """Fold the active adapter into the backbone and remove every trace of it, in place.
 
     Afterwards class, module tree, hooks, state-dict keys and shapes are those of the untouched backbone. What the
@@ -57,6 +70,7 @@ def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True) -> Me
     Args:
         check: compare outputs before and after on probe inputs and undo the merge if they differ.
         keep_base: keep exact copies of the replaced weights (on the CPU), which ``unmerge`` and ``switch`` need.
+        dequantize: store quantized weights that receive a fold in floating point; without it they are refused.
 
     Raises:
         MergeError: an adapter does not fold, a folded weight is not finite, or the outputs differ. The model is
@@ -74,14 +88,25 @@ def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True) -> Me
             f"{type(record.method).__name__} does not fold into a backbone's weights",
             remedy="Ship it unmerged",
         )
+    names = quantized.quantized_weights(model, [record])
+    if names and dequantize:
+        # All that some attached adapter would fold into, because switching to it then needs no further permission.
+        names = quantized.quantized_weights(model, state.records.values())
+        return _merge_dequantized(model, state, names, check=check, keep_base=keep_base)
+    if names:
+        raise MergeError(
+            "its weight is quantized, and a fold would be rounded to the few values it can take",
+            where=names[0],
+            remedy="Ship the adapter unmerged, or merge(model, dequantize=True) for floating weights in these layers",
+        )
     report = None
-    if check and _compute_dtype(model) not in LIMITS:
+    if check and compute_dtype(model) not in LIMITS:
         # Below float32 rounding hides a wrong fold: prove it on a float32 copy, then fold the model itself.
-        report = merge(copy.deepcopy(model).float(), check=True, keep_base=False)
+        report = merge(quantized.single_precision_copy(model), check=True, keep_base=False)
         check = False
     before = _outputs(model, state) if check else []
     adapters = {site.path: _adapter_at(model, site, name) for site in record.sites}
-    folds = _folds(model, record, adapters)
+    folds = fold_all(model, record, adapters)
     _park(model, state)
     _write(model, state, name, folds)
     if check:
@@ -91,10 +116,34 @@ def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True) -> Me
             unmerge(model)
             raise
     if not keep_base:
-        state.unfolded, state.kept_base = {}, False
+        state.unfolded, state.quantized, state.kept_base = {}, {}, False
     if report is None:
         return MergeReport(name, tuple(folds), checked=False)
     return report
+
+
+def _merge_dequantized(
+    model: nn.Module, state: State, names: tuple[str, ...], *, check: bool, keep_base: bool
+) -> MergeReport:
+    """:func:`merge` after the quantized weights have been replaced; they come back if it fails."""
+    before = _outputs(model, state) if check else []
+    state.quantized = quantized.dequantize(model, names)
+    extra = sum(_bytes(get_tensor(model, n)) - _bytes(t) for n, t in state.quantized.items())
+    try:
+        report = merge(model, check=check, keep_base=keep_base)
+    except RefoldError:
+        quantized.requantize(model, state)
+        raise
+    loss = difference(run_probes(model, state.example), before)[1] if check else 0.0
+    return replace(report, dequantized=names, extra_bytes=extra, loss=loss)
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    """What a tensor takes, also one made of several tensors."""
+    assert tensor is not None
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])  # type: ignore[attr-defined]
 
 
 def unmerge(model: nn.Module) -> None:
@@ -112,18 +161,25 @@ def unmerge(model: nn.Module) -> None:
     drop_compiled()
     name = state.merged
     _restore_base(model, state)
+    quantized.requantize(model, state)
     state.merged, state.active, state.kept_base = None, name, True
+    state.kept = {}
     for key, record in state.records.items():
         for site in record.sites:
-            layer = model.get_submodule(site.path)
-            adapter = record.parked[site.path].to(next(layer.parameters()).device)
-            hosting.host(layer, site, key, adapter)
+            device = next(model.get_submodule(site.path).parameters()).device
+            hosting.host(model, site, key, record.parked[site.path].to(device))
         record.parked = {}
     activate(model, name)
 
 
-def switch(model: nn.Module, name: str) -> None:
+def switch(model: nn.Module, name: str, *, keep: int = 4) -> None:
     """Move a merged model to another adapter, folded from exact base weights; ``activate`` if it is not merged.
+
+    The first visit to an adapter folds it, later ones copy what was folded then, bit for bit the same.
+
+    Args:
+        keep: adapters whose folded weights stay in memory, on the model's device, for the way back: each costs
+            as much as the layers it folds into, the one in use included. 0 keeps none and folds at every switch.
 
     Raises:
         MergeError: the base was not kept, the merged weights were changed, or the adapter does not fold.
@@ -136,25 +192,60 @@ def switch(model: nn.Module, name: str) -> None:
         return
     if not record.method.mergeable:
         raise MergeError(f"{type(record.method).__name__} does not fold into a backbone's weights", where=name)
+    names = quantized.quantized_weights(model, [record])
+    if names:
+        raise MergeError(
+            f"its weight is quantized and was not dequantized for {state.merged!r}",
+            where=names[0],
+            remedy=f"Call refold.unmerge, activate {name!r}, then merge(model, dequantize=True)",
+        )
+    if keep < 0:
+        raise MergeError(f"keep={keep} is no number of adapters", where="switch", remedy="Give 0 or more")
     _require_base(state, "switch")
     _require_untouched(model, state)
-    drop_compiled()
-    previous = state.merged
+    with recompiled_if_replaced(model):
+        kept.keep(model, state, keep)
+        found = kept.find(model, state, name)
+        if found is None:
+            _fold_anew(model, state, name)
+        elif name != state.merged:
+            _put_back(model, state, name, found)
+
+
+def _fold_anew(model: nn.Module, state: State, name: str) -> None:
+    """From one merged adapter to another by folding it; to the one before if that fails."""
+    record, previous = state.records[name], state.merged
+    assert previous is not None
+    known = {**state.unfolded, **{n: t for found in state.kept.values() for n, t in found.unfolded.items()}}
     for path, adapter in record.parked.items():  # the model may have moved since the adapter left it
         adapter.to(next(model.get_submodule(path).parameters()).device)
     _restore_base(model, state)
     exchange_owned(model, state, name)
     state.merged = name
     try:
-        folds = _folds(model, record, record.parked)
+        folds = fold_all(model, record, record.parked)
     except RefoldError:
         record = state.records[previous]
         exchange_owned(model, state, previous)
         state.merged = previous
-        folds = _folds(model, record, record.parked)
-        _write(model, state, previous, folds)
+        _write(model, state, previous, fold_all(model, record, record.parked), known)
         raise
-    _write(model, state, name, folds)
+    _write(model, state, name, folds, known)
+
+
+def _put_back(model: nn.Module, state: State, name: str, found: Kept) -> None:
+    """From one merged adapter to another whose folded weights were kept."""
+    assert state.merged is not None
+    owned = state.records[state.merged].owned
+    for key, value in state.unfolded.items():
+        if key not in found.values or key in owned:
+            set_tensor(model, key, value)
+    exchange_owned(model, state, name)
+    for key, value in found.values.items():
+        set_tensor(model, key, value)
+    state.merged, state.source = name, found.source
+    state.unfolded, state.folded = dict(found.unfolded), dict(found.folded)
+    _freeze(model, found.values)
 
 
 # -- the fold -------------------------------------------------------------------------------------------------
@@ -166,105 +257,45 @@ def _adapter_at(model: nn.Module, site: Site, name: str) -> Adapter:
     return adapter
 
 
-@torch.no_grad()
-def _folds(model: nn.Module, record: Record, adapters: dict[str, Adapter]) -> dict[str, Tensor]:
-    """State-dict name -> folded value in float64, from the model's present weights."""
-    folds: dict[str, Tensor] = {}
-
-    def current(name: str) -> Tensor | None:
-        if name not in folds:
-            tensor = get_tensor(model, name)
-            if tensor is None:
-                return None
-            folds[name] = to_float64(tensor)
-        return folds[name]
-
-    for site in record.sites:
-        layer = model.get_submodule(site.path)
-        op = KINDS[site.kind].operator(layer)
-        weight_name, bias_name = tensor_name(site.path, op.weight), tensor_name(site.path, op.bias)
-        weight = current(weight_name)
-        assert weight is not None
-        adapter = adapters[site.path]
-        if isinstance(adapter, WeightAdapter):
-            present = getattr(layer, op.bias, None)
-            bias = None if present is None else folds.get(bias_name, to_float64(present))
-            folds[weight_name], moved = adapter.reparameterize(weight, bias)
-            if moved is not None and moved is not bias:
-                folds[bias_name] = moved
-        elif isinstance(adapter, ChannelAdapter):
-            channel_map = adapter.channel_map()
-            folds[weight_name], moved = fold_input(op, weight, channel_map)
-            if moved is None:
-                continue
-            assert site.shift is not None
-            if site.shift.target in ("bias", "new_bias"):
-                bias = current(bias_name)
-                folds[bias_name] = moved if bias is None else bias + moved
-            elif site.shift.target == "batchnorm":
-                mean = current(f"{site.shift.path}.running_mean")
-                assert mean is not None
-                folds[f"{site.shift.path}.running_mean"] = mean - moved
-            elif site.shift.target == "norm":
-                bias, shift = current(f"{site.shift.path}.bias"), channel_map.shift
-                assert bias is not None
-                assert shift is not None
-                folds[f"{site.shift.path}.bias"] = bias + _solve(channel_map, shift, site)
-        else:
-            raise MergeError(f"{type(adapter).__name__} does not fold", where=site.path, remedy="Ship it unmerged")
-    for name, value in folds.items():
-        tensor = get_tensor(model, name)
-        limit = torch.finfo(tensor.dtype if tensor is not None else torch.float32).max
-        if not bool(torch.isfinite(value).all()) or float(value.abs().max()) > limit:
-            raise MergeError(
-                "the folded value is not finite in the weight's dtype", where=name, remedy="Check training"
-            )
-    return folds
-
-
-def _solve(channel_map: ChannelMap, shift: Tensor, site: Site) -> Tensor:
-    try:
-        return channel_map.solve(shift)
-    except RuntimeError as error:  # torch.linalg.LinAlgError, which torch does not export to type checkers
-        raise MergeError(
-            "the adapter's matrix is singular, so its shift cannot move into the norm before the layer",
-            where=site.path,
-            remedy="Attach with allow_new_bias=True",
-        ) from error
-
-
 def _park(model: nn.Module, state: State) -> None:
     """Take every adapter and hook out of the module tree, keeping the adapters in the records."""
     drop_compiled()
+    state.kept = {}
     for key, record in state.records.items():
         record.parked = {site.path: _adapter_at(model, site, key) for site in record.sites}
     hosting.unhost(model)
     hosting.unfreeze_statistics(model)
 
 
-def _write(model: nn.Module, state: State, name: str, folds: dict[str, Tensor]) -> None:
-    """Put the folds into the model's own tensors, keeping exact copies of what they replace."""
-    originals = {n: get_tensor(model, n) for n in folds}
-    state.unfolded = {n: None if t is None else t.detach().cpu().clone() for n, t in originals.items()}
+def _write(
+    model: nn.Module,
+    state: State,
+    name: str,
+    folds: dict[str, Tensor],
+    known: dict[str, Tensor | None] | None = None,
+) -> None:
+    """Put the folds into the model's own tensors, keeping exact copies of what they replace.
+
+    Copies that are ``known`` from before are shared where they are still right.
+    """
+    state.unfolded = {}
+    for key in folds:
+        tensor, copied = get_tensor(model, key), (known or {}).get(key)
+        same = copied is not None and tensor is not None and kept.same_bits(tensor, copied)
+        state.unfolded[key] = None if tensor is None else copied if same else tensor.detach().cpu().clone()
     for key, value in folds.items():
         set_tensor(model, key, value)
     state.merged, state.active, state.kept_base = name, None, True
-    state.folded = {n: _mark(get_tensor(model, n)) for n in folds}
-    for key in folds:
+    state.folded = kept.checksums(model, folds)
+    state.source = kept.source(state.records[name].parked)
+    _freeze(model, folds)
+
+
+def _freeze(model: nn.Module, names: Iterable[str]) -> None:
+    for key in names:
         tensor = get_tensor(model, key)
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(False)
-
-
-def _mark(tensor: Tensor | None) -> int:
-    """A checksum of the tensor's bits: one read, no copy, and the same on every device and in every copy.
-
-    Torch's version counters would cost nothing, but writes through ``.data`` or numpy do not raise them.
-    """
-    if tensor is None:
-        return 0
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().view(words).sum(dtype=torch.int64))
 
 
 def _restore_base(model: nn.Module, state: State) -> None:
@@ -284,9 +315,9 @@ def _require_untouched(model: nn.Module, state: State) -> None:
     Checksums answer at once in the usual case. A cast to another dtype changes them: then the fold is computed
     again from the exact base and compared.
     """
-    now = {name: get_tensor(model, name) for name in state.folded}
-    if all(_mark(now[name]) == mark for name, mark in state.folded.items()):
+    if kept.checksums(model, state.folded) == state.folded:
         return
+    now = {name: get_tensor(model, name) for name in state.folded}
     # A tensor that is gone belongs to a layer that was replaced: there is nothing to fold into and compare.
     changed = [name for name, tensor in now.items() if tensor is None] or _changed(model, state, now)
     if changed:
@@ -307,7 +338,7 @@ def _changed(model: nn.Module, state: State, now: dict[str, Tensor | None]) -> l
     parked = {path: copy.deepcopy(adapter).cpu() for path, adapter in record.parked.items()}
     rounding = max(torch.finfo(v.dtype).eps for v in state.unfolded.values() if v is not None)
     changed = []
-    for name, value in _folds(twin, record, parked).items():
+    for name, value in fold_all(twin, record, parked).items():
         tensor = now[name]
         assert tensor is not None
         tolerance = 4 * max(rounding, torch.finfo(tensor.dtype).eps) * float(value.abs().max())
@@ -318,41 +349,6 @@ def _changed(model: nn.Module, state: State, now: dict[str, Tensor | None]) -> l
 
 
 # -- the check ------------------------------------------------------------------------------------------------
-
-
-def _compute_dtype(model: nn.Module) -> torch.dtype:
-    """The lowest floating precision among the parameters: it bounds what outputs can show."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return min(dtypes or {torch.float32}, key=lambda d: -torch.finfo(d).eps)
-
-
-def probe_examples(model: nn.Module, example: Example) -> list[Example]:
-    """The attach-time example and one of fresh noise in its shapes, on the model's device and dtype."""
-    reference = next(p for p in model.parameters() if p.is_floating_point())
-
-    def place(tensor: Tensor) -> Tensor:
-        return tensor.to(reference.device, reference.dtype if tensor.is_floating_point() else tensor.dtype)
-
-    generator = torch.Generator().manual_seed(1)
-
-    def noise(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-
-    return [example.map(place), example.map(noise).map(place)]
-
-
-@torch.no_grad()
-def run_probes(model: nn.Module, example: Example) -> list[Tensor]:
-    """The model's outputs at evaluation on :func:`probe_examples`, flattened to float64."""
-    with preserved(model):
-        return [
-            to_float64(tensor).flatten()
-            for probe in probe_examples(model, example)
-            for tensor in tensors_of(forward(model, probe))
-            if tensor.is_floating_point()
-        ]
 
 
 def _outputs(model: nn.Module, state: State) -> list[Tensor]:
@@ -366,15 +362,8 @@ def _outputs(model: nn.Module, state: State) -> list[Tensor]:
     return outputs
 
 
-def difference(a: list[Tensor], b: list[Tensor]) -> tuple[float, float]:
-    """Largest absolute difference and relative L2 distance of two lists of outputs, ``b`` the reference."""
-    left, right = torch.cat(a), torch.cat(b)
-    max_abs = float((left - right).abs().max())
-    return max_abs, float((left - right).norm() / right.norm().clamp_min(torch.finfo(torch.float64).tiny))
-
-
 def _compare(model: nn.Module, state: State, name: str, before: list[Tensor]) -> MergeReport:
-    dtype = _compute_dtype(model)
+    dtype = compute_dtype(model)
     max_abs, rel_l2 = difference(run_probes(model, state.example), before)
     if not rel_l2 <= LIMITS[dtype]:
         raise MergeError(

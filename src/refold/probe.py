@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from refold.errors import SiteError
 from refold.fold import NORMS, BatchNorm, kind_of
 
-__all__ = ["Example", "Trace", "example_input", "forward", "preserved", "trace"]
+__all__ = ["Example", "Trace", "example_input", "forward", "preserved", "tensor_name", "trace"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Example:
     @classmethod
     def of(cls, value: Any) -> Example:
         """From what a user passes as ``example=``: a tensor, a tuple of arguments, or a dict of keywords."""
+        if isinstance(value, cls):
+            return value
         if isinstance(value, dict):
             return cls((), dict(value))
         if isinstance(value, (tuple, list)):
@@ -55,12 +58,16 @@ class Trace:
         order: module path -> position of its first call.
         batchnorm: layer path -> path of the only BatchNorm that consumes the layer's output and nothing else does.
         norm: layer path -> path of the norm whose output the layer reads and nothing else does.
+        source: layer path -> a number that layers called once have in common if they read the same tensor.
+        uses: parameter name -> paths of the modules whose own forward reads its value.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
     batchnorm: dict[str, str] = field(default_factory=dict)
     norm: dict[str, str] = field(default_factory=dict)
+    source: dict[str, int] = field(default_factory=dict)
+    uses: dict[str, frozenset[str]] = field(default_factory=dict)
 
 
 def example_input(model: nn.Module) -> Example:
@@ -102,7 +109,12 @@ def _pair(value: Any) -> tuple[int, int]:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without autocast inside; RNG, buffers and modules' modes as before outside, also on errors."""
     modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+    buffers = [
+        (m, name, b, b.detach().clone())
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None and b.device.type != "meta"
+    ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     kinds = {p.device.type for p in model.parameters()}
     with ExitStack() as stack:
@@ -116,8 +128,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             with torch.no_grad():
-                for buffer, before in buffers:
+                for module, name, buffer, before in buffers:
                     buffer.copy_(before)
+                    present = module._buffers.get(name)
+                    # A buffer of another shape is a table the model made for this input, and may rely on.
+                    if present is not None and present.shape == before.shape:
+                        module._buffers[name] = buffer
 
 
 def forward(model: nn.Module, example: Example) -> Any:
@@ -136,18 +152,64 @@ def forward(model: nn.Module, example: Example) -> Any:
         ) from error
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside tuples, lists, dicts and objects with ``.tensors``, depth first."""
+def tensors_of(value: Any, above: frozenset[int] = frozenset()) -> Iterator[Tensor]:
+    """Every tensor inside tuples, lists, dicts and the attributes of other objects, depth first.
+
+    Args:
+        above: ids of what contains ``value``: objects may refer to one another in circles.
+    """
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_of(item)
+        return
+    if isinstance(value, dict):
+        items = list(value.values())
     elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_of(item)
-    elif hasattr(value, "tensors"):
-        yield from tensors_of(value.tensors)
+        items = value
+    elif isinstance(value, nn.Module) or callable(value) or id(value) in above:
+        return
+    else:
+        items = list(getattr(value, "__dict__", {}).values())
+    for item in items:
+        yield from tensors_of(item, above | {id(value)})
+
+
+def tensor_name(path: str, leaf: str) -> str:
+    """State-dict name of a layer's tensor; the layer may be the model itself, whose path is empty."""
+    return f"{path}.{leaf}" if path else leaf
+
+
+#: Functions that read no more than the type or the shape of their second argument.
+_LIKE = {torch.Tensor.type_as, torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as}
+_LIKE_FIRST = {torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like}
+
+
+class ParameterUses(TorchFunctionMode):
+    """Sees which module's own forward passes which parameter to a torch function.
+
+    A layer's weight is usually read by the layer itself; ``F.linear(x, self.qkv.weight)`` in its parent is not,
+    and no hook on the layer would tell.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.names[id(parameter)].append(name)
+        self.running = [""]
+        self.users: dict[int, set[str]] = defaultdict(set)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _LIKE_FIRST or next(tensors_of(result), None) is None:
+            return result
+        read = args[:1] if func in _LIKE or func is torch.Tensor.to else (args, kwargs)
+        for tensor in tensors_of(read):
+            if id(tensor) in self.names:
+                self.users[id(tensor)].add(self.running[-1])
+        return result
+
+    def by_name(self) -> dict[str, frozenset[str]]:
+        return {name: frozenset(self.users[key]) for key, names in self.names.items() for name in names}
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
@@ -162,25 +224,33 @@ def trace(model: nn.Module, example: Example) -> Trace:
     result = Trace()
     inputs: dict[str, list[Value]] = defaultdict(list)
     outputs: dict[str, list[Value]] = defaultdict(list)
+    uses = ParameterUses(model)
     handles = []
     for path, module in model.named_modules():
 
         def enter(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            uses.running.append(path)
             result.order.setdefault(path, len(result.order))
             inputs[path].extend(map(Value.of, tensors_of((args, kwargs))))
 
         def leave(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            uses.running.pop()
             result.calls[path] = result.calls.get(path, 0) + 1
             outputs[path].extend(map(Value.of, tensors_of(output)))
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
     try:
-        with preserved(model), torch.inference_mode(False), torch.enable_grad(), _graph(model, example) as tracked:
-            final = forward(model, tracked)
+        with ExitStack() as stack:
+            for context in (preserved(model), torch.inference_mode(False), torch.enable_grad()):
+                stack.enter_context(context)
+            tracked = stack.enter_context(_graph(model, example))
+            with uses:  # last, so that it sees what the model does to its parameters and not what we do
+                final = forward(model, tracked)
     finally:
         for handle in handles:
             handle.remove()
+    result.uses = uses.by_name()
     consumers = _consumers(tensors_of(final))
     _find_neighbours(model, result, inputs, outputs, consumers)
     return result
@@ -196,7 +266,8 @@ class Value:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Value:
-        return cls(tensor, tensor._version, tensor.grad_fn)
+        # What inference mode made has no version, and no graph behind it either.
+        return cls(tensor, 0 if tensor.is_inference() else tensor._version, tensor.grad_fn)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -208,10 +279,10 @@ def _graph(model: nn.Module, example: Example) -> Iterator[Example]:
     """The example, made so that autograd records a graph from it, on frozen backbones too."""
     # A clone, because a leaf that requires gradients cannot be changed in place, which a model may do.
     tracked = example.map(lambda t: t.detach().clone().requires_grad_().clone() if t.is_floating_point() else t)
-    if any(t.is_floating_point() for t in tensors_of((example.args, example.kwargs))):
+    if any(t.requires_grad for t in tensors_of((tracked.args, tracked.kwargs))):
         yield tracked
         return
-    # Token ids carry no gradient: the graph then starts at the parameters.
+    # Token ids, and tensors inside objects, carry no gradient: the graph then starts at the parameters.
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -223,10 +294,12 @@ def _graph(model: nn.Module, example: Example) -> Iterator[Example]:
 
 
 def _consumers(outputs: Iterator[Tensor]) -> dict[Any, set[Any]]:
-    """Autograd node -> the nodes that read its result."""
+    """Autograd node -> the nodes that read its result; None among them where the model gives it away."""
     readers: dict[Any, set[Any]] = defaultdict(set)
     pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen = set(pending)
+    for node in pending:
+        readers[node].add(None)
     while pending:
         node = pending.pop()
         for source, _ in node.next_functions:
@@ -245,12 +318,13 @@ def _find_neighbours(
     outputs: dict[str, list[Value]],
     consumers: dict[Any, set[Any]],
 ) -> None:
-    """Fill in which norm alone follows, or alone feeds, each layer that is called once."""
+    """Fill in which layers read the same tensor, and which norm alone follows, or feeds, each that is called once."""
     modules = dict(model.named_modules())
     leaves = [p for p, n in result.calls.items() if n == 1 and len(inputs[p]) == 1 and len(outputs[p]) == 1]
     reads: dict[tuple[int, int], list[str]] = defaultdict(list)
     for path in leaves:
         reads[inputs[path][0].key].append(path)
+    result.source = {path: number for number, paths in enumerate(reads.values()) for path in paths}
     # A norm with children (timm's BatchNormAct2d) may apply an activation after its bias.
     norms = {p for p in leaves if isinstance(modules[p], NORMS) and not any(True for _ in modules[p].children())}
     for path in leaves:

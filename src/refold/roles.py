@@ -1,30 +1,104 @@
 """Where the papers' named placements are in real backbones: plain data, no code and no imports.
 
-A pattern is a tuple of the last segments of a module path; a layer plays the role if its path ends in exactly
-these segments. Nothing here is needed for an unknown backbone to work: without a match, methods fall back to
-every foldable layer.
+A pattern is a tuple of the last segments of a module path; a layer plays the role if its path ends in these segments,
+in which ``*`` and ``[abc]`` match as in file names. Nothing here is needed for an unknown backbone to work: without a
+match, methods fall back to every foldable layer.
 """
 
 from __future__ import annotations
 
-__all__ = ["MOVED", "ROLES"]
+__all__ = ["MOVED", "ONE_INPUT", "ROLES"]
 
 Pattern = tuple[str, ...]
 
+#: Roles whose layers under one parent all read one tensor: a match that reads another is not meant.
+ONE_INPUT: tuple[str, ...] = ("mlp",)
+
 #: Role -> patterns, shared by all families whose layers carry these names.
 ROLES: dict[str, tuple[Pattern, ...]] = {
-    # The projection that reads the token mixer's normalised input.
+    # The projections that read the token mixer's normalised input: joint, or apart for query, key and value.
     "attention": (
         ("attn", "qkv"),  # timm ViT, Swin, DeiT, CLIP
+        ("attn", "qkv", "linear"),  # LeViT
+        ("attn_downsample", "kv", "linear"),
+        ("attn_downsample", "q", "ln", "linear"),
+        ("attn", "qk"),  # ConViT
+        ("attn_in", "qk"),  # TNT
+        ("attn_in", "v"),
+        ("attn_out", "qk"),
+        ("attn_out", "v"),
+        ("attn", "[qkv]"),  # CaiT
+        ("attn", "kv"),  # PVT, Twins
+        ("attn", "[qkv]_proj"),  # EVA
+        ("attn", "[qkv]_proj", "linear"),  # Gemma
+        ("attn", "[qkv]", "conv"),  # EfficientFormer V2
+        ("attn", "query", "proj"),  # MobileNetV5
+        ("attn", "key", "proj"),
+        ("attn", "value", "proj"),
+        ("attn", "to_query"),  # SwiftFormer
+        ("attn", "to_key"),
         ("attn",),  # open_clip, where `attn` is an nn.MultiheadAttention
         ("self_attention",),  # torchvision ViT
+        ("attention", "query"),  # transformers ViT, BEiT
+        ("attention", "key"),
+        ("attention", "value"),
+        ("attention", "[qkv]_proj"),
+        ("self", "query"),  # transformers Swin
+        ("self", "key"),
+        ("self", "value"),
+        ("self_attn", "[qkv]_proj"),  # transformers CLIP, SigLIP
+        ("attention", "qkv"),  # transformers TimeSformer
+        ("attention", "qkv_proj", "convolution"),  # transformers MobileViT V2
+        ("attention", "projection_*"),  # transformers CvT
+        ("self_attn", "qkv"),  # transformers BLIP
+        ("queries_keys_values", "linear"),  # transformers LeViT
+        ("keys_values", "linear"),
+        ("queries", "linear"),
+        ("factoratt_crpe*", "qkv"),  # CoaT
+        ("token_mixer", "qkv"),  # EfficientFormer, CAFormer
+        ("token_mixer", "[qkv]", "conv"),
+        ("token_mixer", "pwconv1"),  # ConvFormer
+        ("xca", "qkv"),  # EdgeNeXt
+        ("main", "qkv", "conv"),  # EfficientViT (MIT)
+        ("qkvs", "*", "conv"),  # EfficientViT (MSRA)
+        ("e_mhsa", "[qkv]"),  # NextViT
+        ("modulation", "f"),  # FocalNet
+        ("modulation", "projection_in"),
+        ("module", "[qk]", "c"),  # iFormer
+        ("module", "v_gate", "c"),
+        ("m", "qkv", "c"),  # SHViT
+        ("mlp_tokens", "fc1"),  # MLP-Mixer
     ),
-    # The projection that reads the MLP's normalised input.
+    # The projections that read the MLP's normalised input; two of them where one gates the other.
     "mlp": (
-        ("mlp", "fc1"),  # timm
+        ("mlp*", "fc1"),  # timm
+        ("mlp*", "fc1", "conv"),
+        ("mlp*", "fc1_*"),  # gated
         ("mlp", "c_fc"),  # open_clip
         ("mlp", "w12"),  # fused SwiGLU
+        ("mlp", "w[012]"),  # SwiGLU, GeGLU
+        ("mlp", "gate_proj"),
+        ("mlp", "up_proj"),
+        ("mlp", "gate_proj", "linear"),  # Gemma
+        ("mlp", "up_proj", "linear"),
         ("mlp", "0"),  # torchvision
+        ("mlp", "conv1"),  # Visformer
+        ("mlp", "ln1", "linear"),  # LeViT
+        ("mlp", "main", "0"),  # LowFormer
+        ("intermediate", "dense"),  # transformers ViT, BEiT, Swin
+        ("mlp", "dense1"),  # transformers PVT, GLPN
+        ("mlp", "lin1"),  # transformers SAM
+        ("mlp", "proj_in"),
+        ("module", "linear_up", "linear"),  # transformers LeViT
+        ("ffn", "conv1", "convolution"),  # transformers MobileViT V2
+        ("ffn", "gate_proj"),  # transformers AIMv2
+        ("ffn", "up_proj"),
+        ("ffn", "fc1", "conv"),  # EfficientViM
+        ("ffn", "pw1", "conv"),
+        ("ffn", "m", "pw1", "conv"),  # EfficientViT (MSRA)
+        ("m", "pw1", "c"),  # SHViT
+        ("linear", "fc1"),  # SwiftFormer
+        ("channel_mixer", "conv1", "c"),  # RepViT
     ),
     "attention_out": (("attn", "proj"),),
     "mlp_out": (("mlp", "fc2"), ("mlp", "c_proj"), ("mlp", "w3"), ("mlp", "3")),
@@ -33,14 +107,18 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
 #: Family -> role -> (patterns, note). Here the paper's site is next to a depthwise convolution, around which a
 #: channel-mixing map is not free: it would turn the layer dense. The role moves to the pointwise projections.
 _NEAR_DEPTHWISE = "moved to a pointwise projection: the paper's site before the depthwise conv does not fold for free"
+_CONVNEXT = {"attention": ((("pwconv2",),), _NEAR_DEPTHWISE), "mlp": ((("pwconv1",),), "")}
 MOVED: dict[str, dict[str, tuple[tuple[Pattern, ...], str]]] = {
+    "transformers.models.convnext.modeling_convnext.ConvNextPreTrainedModel": _CONVNEXT,
+    "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2PreTrainedModel": _CONVNEXT,
     "timm.models.convnext.ConvNeXt": {"attention": ((("mlp", "fc2"),), _NEAR_DEPTHWISE)},
+    "timm.models.inception_next.MetaNeXt": {"attention": ((("mlp", "fc2"),), _NEAR_DEPTHWISE)},
     "timm.models.efficientnet.EfficientNet": {
-        "attention": ((("conv_pwl",),), _NEAR_DEPTHWISE),
-        "mlp": ((("conv_pw",),), _NEAR_DEPTHWISE),
+        "attention": ((("conv_pwl",), ("conv_pwl", "*")), _NEAR_DEPTHWISE),
+        "mlp": ((("conv_pw",), ("conv_pw", "*")), _NEAR_DEPTHWISE),
     },
     "timm.models.mobilenetv3.MobileNetV3": {
-        "attention": ((("conv_pwl",),), _NEAR_DEPTHWISE),
-        "mlp": ((("conv_pw",),), _NEAR_DEPTHWISE),
+        "attention": ((("conv_pwl",), ("conv_pwl", "*")), _NEAR_DEPTHWISE),
+        "mlp": ((("conv_pw",), ("conv_pw", "*")), _NEAR_DEPTHWISE),
     },
 }

@@ -7,6 +7,8 @@ it along, and ``.to()`` or ``.half()`` leave its exact copies alone.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +22,17 @@ from refold.probe import Example
 from refold.sites import Site, Skipped
 
 __all__ = [
+    "Kept",
     "Record",
     "State",
     "drop_compiled",
     "get_tensor",
     "is_compiled_wrapper",
+    "recompiled_if_replaced",
     "require_state",
+    "require_whole",
     "set_tensor",
     "state_of",
-    "tensor_name",
 ]
 
 _KEY = "_refold"
@@ -63,6 +67,23 @@ class Record:
     info: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The folded weights of one adapter, see :mod:`refold.kept`.
+
+    Attributes:
+        values: state-dict name -> the folded tensor, in the model's dtype and on its device.
+        unfolded: the exact values (CPU) they replace; None for a bias that did not exist.
+        folded: their checksums.
+        source: checksum of the adapter they were folded from.
+    """
+
+    values: dict[str, Tensor]
+    unfolded: dict[str, Tensor | None]
+    folded: dict[str, int]
+    source: int
+
+
 @dataclass
 class State:
     """All named adapters of one model.
@@ -76,6 +97,9 @@ class State:
             Empty with ``keep_base=False``.
         folded: while merged, name -> checksum of the tensors that hold a fold.
         merged: the name of the adapter that is folded in, None while unmerged.
+        quantized: while merged with ``dequantize=True``, the parameters that floating ones stand in for.
+        source: while merged, checksum of the adapter the folds were computed from.
+        kept: folded weights of the adapters switched between while merged; left out of copies and pickles.
     """
 
     example: Example
@@ -87,6 +111,12 @@ class State:
     unfolded: dict[str, Tensor | None] = field(default_factory=dict)
     folded: dict[str, int] = field(default_factory=dict)
     kept_base: bool = True
+    quantized: dict[str, Tensor] = field(default_factory=dict)
+    source: int = 0
+    kept: dict[str, Kept] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": {}}
 
     def record(self, name: str | None = None) -> Record:
         """The record of ``name``, or of the adapter in use; raises :class:`SiteError` if there is none."""
@@ -103,20 +133,26 @@ def state_of(model: nn.Module) -> State | None:
     return model.__dict__.get(_KEY)
 
 
-def require_state(model: nn.Module, verb: str) -> State:
-    """The model's state; raises :class:`SiteError` naming ``verb`` if nothing is attached."""
+def require_state(model: nn.Module, verb: str, *, sharded: bool = False) -> State:
+    """The model's state; raises :class:`SiteError` naming ``verb`` if nothing is attached.
+
+    Args:
+        sharded: whether ``verb`` is possible although no process holds the whole parameters.
+    """
     if is_compiled_wrapper(model):
         raise SiteError(
             f"cannot {verb} through a compiled wrapper",
             where=type(model).__name__,
             remedy="Pass the module you compiled",
         )
+    require_whole(model, verb, sharded=sharded)
     state = state_of(model)
     if state is None:
+        inside = next((path for path, module in model.named_modules() if state_of(module) is not None), None)
         raise SiteError(
             f"cannot {verb}: no adapter is attached",
             where=type(model).__name__,
-            remedy="Call refold.attach first",
+            remedy="Call refold.attach first" if inside is None else f"Pass its part {inside!r}, which has adapters",
         )
     return state
 
@@ -134,9 +170,35 @@ def is_compiled_wrapper(model: object) -> bool:
     return dynamo is not None and isinstance(model, dynamo.eval_frame.OptimizedModule)
 
 
-def tensor_name(path: str, leaf: str) -> str:
-    """State-dict name of a layer's tensor; the layer may be the model itself, whose path is empty."""
-    return f"{path}.{leaf}" if path else leaf
+def require_whole(model: nn.Module, verb: str, *, sharded: bool = False) -> None:
+    """Raise :class:`SiteError` for a wrapper that distributes a model, and for parameters of which this process holds
+    a part (unless ``sharded``): folding a part would be wrong without a word.
+    """
+    if is_instance_of(model, "torch.nn.parallel", "DistributedDataParallel", "DataParallel") or is_instance_of(
+        model, "torch.distributed.fsdp", "FullyShardedDataParallel"
+    ):
+        raise SiteError(
+            f"cannot {verb} through {type(model).__name__}",
+            where=type(model).__name__,
+            remedy="Pass the module inside (model.module); attach before wrapping, so that adapters are synchronised",
+        )
+    if sharded or "torch.distributed.tensor" not in sys.modules:
+        return
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_instance_of(tensor, "torch.distributed.tensor", "DTensor"):
+            raise SiteError(
+                f"cannot {verb}: the parameter is sharded over processes",
+                where=name,
+                remedy="Gather it with torch.distributed.checkpoint.state_dict.get_model_state_dict (full_state_dict="
+                "True), load that into the same model without fully_shard, and go on there",
+            )
+
+
+def is_instance_of(value: object, module: str, *names: str) -> bool:
+    """``isinstance`` with classes of a module that need not be imported: without it there are no instances."""
+    found = sys.modules.get(module)
+    classes = tuple(cls for name in names if isinstance(cls := getattr(found, name, None), type))
+    return isinstance(value, classes)
 
 
 def drop_compiled() -> None:
@@ -147,6 +209,26 @@ def drop_compiled() -> None:
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@contextmanager
+def recompiled_if_replaced(model: nn.Module) -> Iterator[None]:
+    """Forget compiled code only if a parameter was created, removed or replaced inside.
+
+    New values in the same tensors reach compiled code as they are, unless it was frozen with constants inside.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    before = list(model.parameters())
+    try:
+        yield
+    finally:
+        after = list(model.parameters())
+        same = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+        inductor = sys.modules.get("torch._inductor.config")
+        if not same or getattr(inductor, "freezing", False):
+            drop_compiled()
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor | None:

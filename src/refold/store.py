@@ -24,6 +24,7 @@ from refold.attachment import Prepared, build_adapters, head_paths, install, pre
 from refold.errors import SiteError, StoreError
 from refold.fingerprint import body_tensors, compare, fingerprint
 from refold.header import FORMAT, Header, fetch, read_header
+from refold.sites import own_sites
 from refold.state import Record, State, get_tensor, require_state, set_tensor, state_of
 
 __all__ = ["Header", "from_pretrained", "load", "read_header", "save"]
@@ -58,13 +59,13 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path
         raise StoreError("the folder does not exist", where=str(target.parent), remedy="Create it first")
     record = state.record(name)
     chosen = next(key for key, value in state.records.items() if value is record)
-    tensors = _tensors_of(model, state, record, chosen)
+    tensors = adapter_tensors(model, state, record, chosen)
     try:
         header = json.dumps(_header_json(model, state, record, chosen), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise StoreError(f"what describe() was told does not fit in JSON: {error}", where=str(target)) from error
     try:
-        _write_atomically(target, tensors, {"refold": header})
+        write_atomically(target, tensors, {"refold": header})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StoreError(f"cannot be written ({reason})", where=str(target)) from error
@@ -111,7 +112,7 @@ def load(
     install(model, prepared)
     record = require_state(model, "load").record(prepared.name)
     slots = hosting.hosted(model)
-    for site in record.sites:
+    for site in own_sites(record.sites):
         slots[site.path][prepared.name].load_state_dict(
             {key: tensors[f"adapter/{site.path}/{key}"] for key in slots[site.path][prepared.name].state_dict()}
         )
@@ -153,10 +154,10 @@ def from_pretrained(source: str | Path, *, weights: str | Path | None = None, fo
 # -- writing --------------------------------------------------------------------------------------------------
 
 
-def _tensors_of(model: nn.Module, state: State, record: Record, name: str) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module, state: State, record: Record, name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     slots = hosting.hosted(model)
-    for site in record.sites:
+    for site in own_sites(record.sites):
         adapter = record.parked.get(site.path) or slots[site.path][name]
         for key, value in adapter.state_dict().items():
             tensors[f"adapter/{site.path}/{key}"] = value
@@ -210,7 +211,7 @@ def _original_body(model: nn.Module, state: State | None, head: tuple[str, ...])
     return body_tensors(model, head, originals, skip)
 
 
-def _write_atomically(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_atomically(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     try:
@@ -251,8 +252,10 @@ def _require_shapes(model: nn.Module, prepared: Prepared, header: Header, file: 
         odd = sorted(set(found) ^ set(header.sites)) or [("order",)]
         raise StoreError(f"its adapters have other sites in this backbone (first difference: {odd[0][0]})", where=where)
     expected: dict[str, tuple[int, ...]] = {}
-    for path, adapter in build_adapters(model, prepared, torch.device("meta")).items():
-        expected |= {f"adapter/{path}/{key}": tuple(t.shape) for key, t in adapter.state_dict().items()}
+    adapters = build_adapters(model, prepared, torch.device("meta"))
+    for site in own_sites(prepared.plan.sites):
+        shapes = {key: tuple(t.shape) for key, t in adapters[site.path].state_dict().items()}
+        expected |= {f"adapter/{site.path}/{key}": shape for key, shape in shapes.items()}
     for key in prepared.owned:
         tensor = get_tensor(model, key)
         expected[f"model/{key}"] = () if tensor is None else tuple(tensor.shape)

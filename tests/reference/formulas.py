@@ -3,6 +3,7 @@
 RepAdapter (arXiv 2302.08106): f(x) = x + s (B (A x + a) + b) before a frozen projection, B grouped. Folded:
 M = I + s B A, c = s (B a + b), W' = W M, b' = b + W c.
 LoRA (arXiv 2106.09685): W' = W + s B A.
+DoRA (arXiv 2402.09353): W' = m (W + s B A) / ||W + s B A||, norms over each output channel.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import numpy as np
 __all__ = [
     "batchnorm_absorbs",
     "block_diagonal",
+    "channel_norms",
     "conv2d",
+    "dora",
     "fold_conv",
     "fold_linear",
     "layer_norm_absorbs",
@@ -70,6 +73,38 @@ def fold_conv(weight: Array, matrix: Array, shift: Array, groups: int = 1) -> tu
 def lora(weight: Array, down: Array, up: Array, scale: float) -> Array:
     """``W + s B A`` for a weight (out, in, *kernel), A (r, in, *kernel) and B (out, r)."""
     return weight + scale * np.tensordot(up, down, axes=(1, 0))
+
+
+def channel_norms(weight: Array) -> Array:
+    """The length of each output channel of a weight (out, in, *kernel): (out,)."""
+    return np.array([np.sqrt((channel**2).sum()) for channel in weight])
+
+
+def dora(weight: Array, down: Array, up: Array, magnitude: Array, scale: float) -> Array:
+    """``m (W + s B A) / ||W + s B A||``, channel by channel."""
+    direction = lora(weight, down, up, scale)
+    return np.stack([m * d / n for m, d, n in zip(magnitude, direction, channel_norms(direction), strict=True)])
+
+
+def scale_and_shift(weight: Array, bias: Array | None, gamma: Array, beta: Array) -> tuple[Array, Array]:
+    """SSF after a layer: every output channel of ``W x + b`` times gamma, plus beta; the new W and what b becomes."""
+    scaled = np.stack([g * channel for g, channel in zip(gamma, weight, strict=True)])
+    return scaled, gamma * (0 if bias is None else bias) + beta
+
+
+def rotation(skew: Array, block: int) -> Array:
+    """OFT's R: each block solves (I - Q) R = I + Q, with Q filled row by row above the diagonal."""
+    width = len(skew) * block
+    matrix = np.zeros((width, width))
+    for index, entries in enumerate(skew):
+        q, values = np.zeros((block, block)), iter(entries)
+        for i in range(block):
+            for j in range(i + 1, block):
+                q[i, j] = next(values)
+                q[j, i] = -q[i, j]
+        inside = slice(index * block, (index + 1) * block)
+        matrix[inside, inside] = np.linalg.inv(np.eye(block) - q) @ (np.eye(block) + q)
+    return matrix
 
 
 def batchnorm_absorbs(running_mean: Array, moved: Array) -> Array:

@@ -14,6 +14,7 @@ from zoo import build, images, perturb
 pytestmark = pytest.mark.slow
 
 METHODS = [refold.RepAdapter(rank=4), refold.LoRA(rank=4)]
+FAMILIES = ["vit", "swin", "convnext", "resnet", "open_clip_tower"]
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,7 @@ def test_frozen_statistics_stay_in_compiled_training(training):
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["attached", "merged"])
-@pytest.mark.parametrize("family", ["vit", "open_clip_tower", "efficientnet"])
+@pytest.mark.parametrize("family", [*FAMILIES, "efficientnet"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_export_with_a_dynamic_batch(family, method, merged):
     model = refold.attach(build(family), method)
@@ -129,3 +130,85 @@ def test_a_compiled_part_can_be_adapted(method):
     torch.testing.assert_close(model(x).detach(), eager(model, x), rtol=1e-4, atol=1e-5)
     assert refold.merge(model).rel_l2 < 1e-5
     torch.testing.assert_close(model(x).detach(), eager(model, x), rtol=1e-4, atol=1e-5)
+
+
+def graph_breaks(model: nn.Module, x: torch.Tensor) -> int:
+    return torch._dynamo.explain(model)(x).graph_break_count
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [*METHODS, refold.SSF()], ids=lambda m: type(m).__name__)
+def test_no_graph_break_is_added(method, family, training):
+    plain = build(family).train(training)
+    x = images(plain, count=2)
+    expected = graph_breaks(plain, x)
+    model = refold.attach(build(family), method).train(training)
+    torch.compiler.reset()
+    assert graph_breaks(model, x) == expected
+    refold.merge(model)
+    assert graph_breaks(model, x) == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter has many to give
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_onnx_while_unmerged(family, method, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = refold.attach(build(family), method)
+    perturb(refold.trainable_parameters(model))
+    x = images(model)
+    expected = model(x).detach()
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    with refold.disabled(model):
+        assert not torch.allclose(model(x), expected, rtol=1e-2)
+    assert torch.equal(model(x), expected)
+
+
+def compilations() -> int:
+    """Graphs that torch.compile has traced so far in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_a_merge_costs_one_compilation_and_later_calls_and_switches_none(method, family):
+    model = refold.attach(build(family), method)
+    perturb(refold.trainable_parameters(model))
+    refold.attach(model, method, name="second")
+    perturb(refold.trainable_parameters(model))
+    x = images(model)
+    run = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        run(x)
+        refold.merge(model)
+        before = compilations()
+        for _ in range(3):
+            run(x)
+        assert compilations() == before + 1
+        for name in ("default", "second", "default"):
+            refold.switch(model, name)
+            expected = eager(model, x)
+            torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-5)
+        assert compilations() == before + 1
+
+
+def test_a_switch_that_replaces_parameters_is_compiled_anew():
+    """A bias of one adapter alone: the compiled code of the other would go on without it."""
+    model = build("vit_without_qkv_bias")
+    refold.attach(model, refold.RepAdapter(rank=4, sites="attention"), allow_new_bias=True, name="biased")
+    perturb(refold.trainable_parameters(model))
+    refold.attach(model, refold.LoRA(rank=4, sites="attention"), name="unbiased")
+    perturb(refold.trainable_parameters(model))
+    x = images(model)
+    run = torch.compile(model, backend="eager")
+    refold.merge(model)
+    with torch.no_grad():
+        for name in ("biased", "unbiased", "biased", "unbiased"):
+            refold.switch(model, name)
+            torch.testing.assert_close(run(x), eager(model, x), rtol=1e-4, atol=1e-5)

@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.beit import Beit
-from timm.models.eva import Eva
 from torch import Tensor, nn
 
 import refold
 from refold.attachment import head_paths
 from refold.errors import MissingExtraError
 from refold.hosting import hooks_left, hosted
-from zoo import CLASSES, build, images, perturb, relative
+from zoo import build, images, perturb, relative
 
 METHOD = refold.RepAdapter(rank=4)
 
@@ -114,15 +112,15 @@ def test_paths_and_patterns_choose_layers_in_the_order_of_the_forward():
     assert paths == ["blocks.0.attn.proj", "blocks.0.mlp.fc2", "blocks.1.mlp.fc2"]
 
 
-def test_groups_that_divide_no_width_are_refused():
-    refused(build("vit"), "groups=3 does not divide its 32 channels", refold.RepAdapter(rank=9, groups=3))
-
-
-def test_groups_that_divide_some_widths_leave_out_the_rest():
+def test_groups_that_do_not_divide_a_width_become_fewer():
+    """An image has three channels; explain says what became of two groups."""
     model = refold.attach(build("resnet"), METHOD)
-    left_out = {row.path: row.reason for row in refold.explain(model).rows if row.slot == "-"}
-    assert left_out == {"conv1.0": "left out: groups=2 does not divide its 3 channels"}
-    refused(build("resnet"), "conv1.0: groups=2 does not divide", METHOD, strict=True)
+    rows = {row.path: row for row in refold.explain(model).rows if row.slot == "input"}
+    assert "1 instead of 2 groups, which do not divide 3 channels" in rows["conv1.0"].reason
+    assert "groups" not in rows["conv1.3"].reason
+    adapters = {path: slot["default"] for path, slot in hosted(model).items()}
+    assert [adapters[path].groups for path in ("conv1.0", "conv1.3")] == [1, 2]
+    assert not [row for row in refold.explain(model).rows if row.slot == "-"]
 
 
 @pytest.mark.parametrize("trainable", ["nothing", ("head", "nothing"), ("",), "hea"])
@@ -246,39 +244,7 @@ def test_a_model_that_changes_its_input_in_place_can_be_probed():
     assert torch.equal(x, before)
 
 
-# -- layers whose forward is not what it seems ---------------------------------------------------------------------
-
-
-def small(cls: type[nn.Module], **options: Any) -> nn.Module:
-    return cls(img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES, **options).eval()
-
-
-@pytest.mark.parametrize("cls", [Beit, Eva])
-@pytest.mark.parametrize("method", [METHOD, refold.LoRA(rank=4)], ids=lambda m: type(m).__name__)
-def test_a_projection_that_is_bypassed_is_left_out_and_reported(cls, method):
-    """BEiT and EVA multiply ``qkv.weight`` themselves: a hook on ``qkv`` never fires."""
-    model = small(cls)
-    refold.attach(model, method)
-    rows = {row.path: row for row in refold.explain(model).rows}
-    for block in range(2):
-        row = rows[f"blocks.{block}.attn.qkv"]
-        assert row.slot == "-"
-        assert "never called" in row.reason
-        assert rows[f"blocks.{block}.mlp.fc1"].mergeable
-    perturb(refold.trainable_parameters(model))
-    x = images(model)
-    unmerged = model(x).detach()
-    assert refold.merge(model).rel_l2 < 1e-5
-    assert relative(model(x), unmerged) < 1e-5
-    name = type(method)
-    refused(small(cls), "blocks.0.attn.qkv: the probing forward never called", name(rank=4, sites="blocks.*.attn.qkv"))
-    refused(small(cls), "blocks.0.attn.qkv: the probing forward never called .*more layers", method, strict=True)
-
-
-def test_the_output_projection_of_torchs_attention_is_refused():
-    model = build("open_clip_tower")
-    path = "visual.transformer.resblocks.0.attn.out_proj"
-    refused(model, f"{path}: the probing forward never called", refold.LoRA(sites=path))
+# -- layers that cannot be folded into -----------------------------------------------------------------------------
 
 
 def test_a_shared_weight_is_refused():
@@ -294,30 +260,6 @@ def test_a_shared_weight_is_refused():
     x = torch.randn(2, 8)
     refused(Tied(), "first: its weight is shared with second", refold.LoRA(sites="first"), example=x)
     refused(Tied(), "no layer is usable; first: its weight is shared with second", METHOD, example=x)
-
-
-class Beside(nn.Module):
-    """Calls a layer and also multiplies its weight directly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x) + x @ self.body.weight)
-
-
-def test_a_weight_that_is_also_used_elsewhere_does_not_merge():
-    """Nothing shows this before the fold: the check of the merge does, and undoes it."""
-    model, x = Beside(), torch.randn(2, 8)
-    refold.attach(model, METHOD, example=x)
-    perturb(refold.trainable_parameters(model), 0.3)
-    before = {n: v.clone() for n, v in model.state_dict().items()}
-    output = model.eval()(x).detach()
-    with pytest.raises(refold.MergeError, match=r"merged and unmerged outputs differ .*the merge was undone"):
-        refold.merge(model)
-    assert torch.equal(model(x), output)
-    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
 def test_dropout_where_the_input_is_out_of_reach_is_refused():
@@ -426,3 +368,25 @@ def test_errors_say_where_why_and_what_to_do():
     error = MissingExtraError.of("onnx", "export")
     assert isinstance(error, ImportError)
     assert "pip install 'refold[export]'" in str(error)
+
+
+def test_one_module_at_two_places_is_adapted_as_one():
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.second, self.head = self.first, nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(torch.tanh(self.first(x))))
+
+    model, x = Recurrent().double(), torch.randn(2, 8).double()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    refold.attach(model, refold.LoRA(rank=2, sites="first"), example=x)
+    perturb(refold.trainable_parameters(model))
+    output = model(x)
+    refold.merge(model)
+    assert relative(model(x), output) < 1e-10
+    assert model.second is model.first
+    refold.detach(model)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())

@@ -37,6 +37,7 @@ def weights(model: nn.Module) -> int:
         (refold.RepAdapter(sites="attention"), 119_904),
         (refold.LoRA(), 294_912),
         (refold.BitFit(), 102_912),
+        (refold.SSF(), 205_824),
         (refold.FullFineTune(), 85_798_656 - 192 * 768),  # with 224 px there are 192 more positions
     ],
     ids=lambda value: value.describe() if isinstance(value, refold.Method) else "",

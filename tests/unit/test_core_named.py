@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import refold
-from refold.attachment import description
+from refold.inspection import description
 from zoo import CLASSES, build, images, perturb
 
 METHODS = {

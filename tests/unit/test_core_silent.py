@@ -68,6 +68,20 @@ def test_frozen_statistics_stay_under_train(method, family):
     assert torch.equal(model.eval()(x), evaluated)
 
 
+def test_statistics_that_update_bn_empties_are_filled_again():
+    """Stochastic weight averaging measures them anew on purpose: frozen at zero they would break the model."""
+    model = refold.attach(build("resnet"), METHODS[0])
+    batches = [images(model, count=4, seed=seed) for seed in range(2)]
+    plain = refold.detach(copy.deepcopy(model))
+    for each in (model, plain):
+        torch.optim.swa_utils.update_bn(batches, each)
+    filled = dict(plain.named_buffers())
+    assert all(torch.equal(v, filled[n]) for n, v in model.named_buffers())
+    assert bool(filled["bn1.running_mean"].any())
+    model.train()(batches[0])
+    assert all(torch.equal(v, filled[n]) for n, v in model.named_buffers())  # frozen again
+
+
 def test_a_batchnorm_inside_the_head_does_train():
     model = build("resnet")
     width = model.fc.in_features

@@ -13,7 +13,7 @@ from torch import nn
 import refold
 from adapter_files import METHOD, refused
 from refold import store
-from refold.attachment import description
+from refold.inspection import description
 from refold.store import read_header
 from zoo import CLASSES, build, images, perturb
 

@@ -20,7 +20,11 @@ README = (ROOT / "README.md").read_text()
 def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert (tmp_path / "cells.safetensors").stat().st_size > 1000
+    written = re.findall(r"refold\.save(?:_peft)?\(\w+, \"(.*?)\"\)", code)
+    assert written
+    for path in (tmp_path / name for name in written):
+        files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+        assert sum(file.stat().st_size for file in files) > 1000
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\$ refold (.*?)(?:\s{2,}#.*)?$", README, re.MULTILINE))

@@ -1,7 +1,21 @@
 """Adapters, one file per mathematical form. They know channels and weights, never layer types."""
 
+from refold.adapters.affine import ScaleShift
 from refold.adapters.base import Adapter, ChannelAdapter, WeightAdapter
 from refold.adapters.bottleneck import LinearBottleneck
+from refold.adapters.decomposed import Decomposed
 from refold.adapters.lowrank import LowRank
+from refold.adapters.orthogonal import BlockRotation
+from refold.adapters.rows import RowBlocks
 
-__all__ = ["Adapter", "ChannelAdapter", "LinearBottleneck", "LowRank", "WeightAdapter"]
+__all__ = [
+    "Adapter",
+    "BlockRotation",
+    "ChannelAdapter",
+    "Decomposed",
+    "LinearBottleneck",
+    "LowRank",
+    "RowBlocks",
+    "ScaleShift",
+    "WeightAdapter",
+]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from refold.maps import ChannelMap
+from refold.maps import ChannelMap, to_float64
 
 __all__ = ["Adapter", "ChannelAdapter", "WeightAdapter", "autocast_input"]
 
@@ -25,7 +25,7 @@ class Adapter(nn.Module):
 
 
 class ChannelAdapter(Adapter, ABC):
-    """Before a layer: ``x -> M x + c`` along one dimension."""
+    """Before or after a layer: ``x -> M x + c`` along one dimension."""
 
     @abstractmethod
     def forward(self, x: Tensor, *, with_shift: bool = True) -> Tensor:
@@ -36,8 +36,8 @@ class ChannelAdapter(Adapter, ABC):
         """c as (d,), differentiable; None if the map has none."""
 
     @abstractmethod
-    def channel_map(self) -> ChannelMap:
-        """The map at evaluation, in float64."""
+    def channel_map(self, cast: Callable[[Tensor], Tensor] = to_float64) -> ChannelMap:
+        """The map at evaluation, made of the adapter's tensors after ``cast``, by default detached and in float64."""
 
 
 class WeightAdapter(Adapter, ABC):
@@ -48,11 +48,19 @@ class WeightAdapter(Adapter, ABC):
         """The adapted weight and bias in the dtype of ``weight``; differentiable, no dropout."""
 
     @abstractmethod
-    def branch(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def branch(
+        self,
+        x: Tensor,
+        run: Callable[[Tensor, Tensor], Tensor],
+        output: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
         """What the adapter adds to the layer's output for the input ``x``.
 
         Args:
             run: the layer's own geometry with another weight and no bias, ``run(x, weight)``.
+            output, weight, bias: the frozen layer's.
         """
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,17 +97,13 @@ class LinearBottleneck(ChannelAdapter):
             return None
         return self.scale * (self._dense_up() @ self.down_bias + self.up_bias)
 
-    def channel_map(self) -> ChannelMap:
-        up = self.scale * to_float64(self._dense_up())
+    def channel_map(self, cast: Callable[[Tensor], Tensor] = to_float64) -> ChannelMap:
+        up = self.scale * cast(self._dense_up())
         shift = None
         if self.down_bias is not None and self.up_bias is not None:
-            shift = up @ to_float64(self.down_bias) + self.scale * to_float64(self.up_bias)
+            shift = up @ cast(self.down_bias) + self.scale * cast(self.up_bias)
         return ChannelMap(
-            scale=torch.ones(self.width, dtype=torch.float64, device=up.device),
-            up=up,
-            down=to_float64(self.down),
-            shift=shift,
-            groups=1,
+            scale=torch.ones(self.width, dtype=up.dtype, device=up.device), up=up, down=cast(self.down), shift=shift
         )
 
     def extra_repr(self) -> str:

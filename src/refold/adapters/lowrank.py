@@ -39,15 +39,32 @@ class LowRank(WeightAdapter):
         self.up = nn.Parameter(torch.zeros(weight_shape[0], rank, **factory))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
-    def reparameterize(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def delta(self, weight: Tensor) -> Tensor:
+        """``scale * Up Down`` in the shape and dtype of ``weight``."""
         up, down = self.up.to(weight), self.down.to(weight)
-        delta = (self.scale * up) @ down.flatten(1)
-        return weight + delta.view(weight.shape), bias
+        return ((self.scale * up) @ down.flatten(1)).view(weight.shape)
 
-    def branch(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def reparameterize(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta(weight), bias
+
+    def branch(
+        self,
+        x: Tensor,
+        run: Callable[[Tensor, Tensor], Tensor],
+        output: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        return self.expand(self.reduce(x, run), self.up)
+
+    def reduce(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """``Down x`` by the layer's own geometry."""
         x = F.dropout(autocast_input(x), self.dropout, self.training)
-        hidden = run(x, self.down.to(x.dtype))
-        up = (self.scale * self.up).to(hidden.dtype)
+        return run(x, self.down.to(x.dtype))
+
+    def expand(self, hidden: Tensor, up: Tensor) -> Tensor:
+        """``scale * up`` times the hidden channels."""
+        up = (self.scale * up).to(hidden.dtype)
         if self.channel_dim == -1:
             return F.linear(hidden, up)
         maps = hidden.flatten(self.channel_dim + 1)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refold.attachment import description
 from refold.errors import RefoldError
+from refold.inspection import description
 from refold.preprocessing import Preprocessing
 from refold.state import state_of
 

@@ -21,15 +21,17 @@ _INPUTS = ("query", "key", "value")
 
 class AttentionKind:
     name = "attention"
+    returns_product = False
     run = None
 
     def refuses(self, layer: nn.Module) -> str | None:
         assert isinstance(layer, nn.MultiheadAttention)
-        if type(layer).forward is not nn.MultiheadAttention.forward:
-            return f"{type(layer).__name__} overrides MultiheadAttention.forward"
         if layer.in_proj_weight is None:
             return "separate kdim or vdim projections have no packed in_proj_weight"
         return None
+
+    def is_plain(self, layer: nn.Module) -> bool:
+        return type(layer).forward is nn.MultiheadAttention.forward
 
     def operator(self, layer: nn.Module) -> Operator:
         assert isinstance(layer, nn.MultiheadAttention)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from refold.fold.operator import Operator, map_first
 
-__all__ = ["ConvKind"]
+__all__ = ["CONVS", "ConvKind"]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONAL: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -27,16 +27,18 @@ def pads_zeros(layer: nn.Module) -> bool:
 
 class ConvKind:
     name = "conv"
+    returns_product = True
     map_input = staticmethod(map_first)
 
     def refuses(self, layer: nn.Module) -> str | None:
-        for base in CONVS:
-            if isinstance(layer, base):
-                same = type(layer).forward is base.forward and type(layer)._conv_forward is base._conv_forward
-                if not same:
-                    name = type(layer).__name__
-                    return f"{name} overrides {base.__name__}.forward, so its weight may not be used as stored"
         return None
+
+    def is_plain(self, layer: nn.Module) -> bool:
+        return any(
+            type(layer).forward is base.forward and type(layer)._conv_forward is base._conv_forward
+            for base in CONVS
+            if isinstance(layer, base)
+        )
 
     def operator(self, layer: nn.Module) -> Operator:
         assert isinstance(layer, CONVS)
@@ -47,6 +49,7 @@ class ConvKind:
             layer.out_channels,
             groups=layer.groups,
             channel_dim=-len(layer.kernel_size) - 1,
+            kernel=tuple(layer.kernel_size),
             pads_zeros=pads_zeros(layer),
         )
 

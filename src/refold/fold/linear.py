@@ -12,13 +12,14 @@ __all__ = ["LinearKind"]
 
 class LinearKind:
     name = "linear"
+    returns_product = True
     map_input = staticmethod(map_first)
 
     def refuses(self, layer: nn.Module) -> str | None:
-        assert isinstance(layer, nn.Linear)
-        if type(layer).forward is not nn.Linear.forward:
-            return f"{type(layer).__name__} overrides Linear.forward, so its weight may not be used as stored"
         return None
+
+    def is_plain(self, layer: nn.Module) -> bool:
+        return type(layer).forward is nn.Linear.forward
 
     def operator(self, layer: nn.Module) -> Operator:
         assert isinstance(layer, nn.Linear)

@@ -1,4 +1,7 @@
-"""LayerNorm, BatchNorm and GroupNorm: a per-channel map at the output folds into their affine parameters."""
+"""LayerNorm, RMSNorm, BatchNorm and GroupNorm: a per-channel map of the output folds into their affine parameters.
+
+Whatever a subclass does around them (channels first, an activation behind) the map acts on these parameters.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,30 @@ from refold.fold.operator import Operator, map_first
 __all__ = ["NORMS", "BatchNorm", "NormKind"]
 
 BatchNorm = _BatchNorm
-NORMS = (nn.LayerNorm, nn.GroupNorm, BatchNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, BatchNorm)
 
 
 class NormKind:
     name = "norm"
+    returns_product = False
     run = None
     map_input = staticmethod(map_first)
 
     def refuses(self, layer: nn.Module) -> str | None:
-        if getattr(layer, "weight", None) is None:
+        weight = getattr(layer, "weight", None)
+        if weight is None:
             return "the norm has no affine weight to fold into"
-        if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
+        if weight.dim() != 1:
             return "the norm normalises more than the channel dimension"
-        if isinstance(layer, nn.LayerNorm) and type(layer).forward is not nn.LayerNorm.forward:
-            return f"{type(layer).__name__} overrides LayerNorm.forward, so its channel dimension is not known"
-        if getattr(layer, "act", None) is not None and not isinstance(layer.act, nn.Identity):
-            return "the norm applies an activation of its own after its affine map"
         return None
 
+    def is_plain(self, layer: nn.Module) -> bool:
+        return any(type(layer).forward is base.forward for base in NORMS if isinstance(layer, base))
+
     def operator(self, layer: nn.Module) -> Operator:
-        assert isinstance(layer.weight, nn.Parameter)
-        width = layer.weight.shape[0]
-        dim = -1 if isinstance(layer, nn.LayerNorm) else 1
+        # Not ``layer.weight``, which is the adapted one while the layer runs.
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        width = weight.shape[0]
+        dim = -1 if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) else 1
         return Operator("weight", "bias", width, width, groups=width, channel_dim=dim, folds_input=False)

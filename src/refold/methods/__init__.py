@@ -6,13 +6,19 @@ from typing import Any
 
 from refold.errors import SiteError
 from refold.methods.base import Method, Plan
+from refold.methods.dora import DoRA
 from refold.methods.inplace import BitFit, FullFineTune, LinearProbe
 from refold.methods.lora import LoRA
+from refold.methods.oft import OFT
 from refold.methods.repadapter import RepAdapter
+from refold.methods.ssf import SSF
 
 __all__ = [
     "METHODS",
+    "OFT",
+    "SSF",
     "BitFit",
+    "DoRA",
     "FullFineTune",
     "LinearProbe",
     "LoRA",
@@ -25,6 +31,9 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     "RepAdapter": RepAdapter,
     "LoRA": LoRA,
+    "DoRA": DoRA,
+    "OFT": OFT,
+    "SSF": SSF,
     "BitFit": BitFit,
     "LinearProbe": LinearProbe,
     "FullFineTune": FullFineTune,

@@ -12,7 +12,8 @@ from torch import nn
 from refold.adapters import Adapter
 from refold.errors import SiteError
 from refold.hosting import adapter_parameters
-from refold.sites import Site, Skipped, Survey
+from refold.sites import Site, Skipped
+from refold.survey import Survey
 
 __all__ = ["Method", "Plan", "require"]
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from refold.errors import SiteError
 from refold.methods.base import Method, Plan, body_parameters
-from refold.sites import Survey
+from refold.survey import Survey
 
 __all__ = ["BitFit", "FullFineTune", "LinearProbe"]
 

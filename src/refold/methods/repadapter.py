@@ -14,15 +14,16 @@ pointwise projections. Layouts: channels last and channels first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from refold.adapters import LinearBottleneck
-from refold.errors import SiteError
 from refold.methods.base import Method, Plan, are_sites, is_count, is_number, require
-from refold.sites import Site, Skipped, Survey
+from refold.sites import Site
+from refold.survey import Survey
 
 __all__ = ["RepAdapter"]
 
@@ -33,7 +34,8 @@ class RepAdapter(Method):
 
     Args:
         rank: hidden width r.
-        groups: groups g of the up projection; must divide ``rank`` and every adapted width.
+        groups: groups g of the up projection; must divide ``rank``. A width it does not divide gets the largest
+            common divisor, which ``explain`` tells.
         scale: s; the paper searches {0.1, 0.5, 1, 5, 10} per task.
         dropout: between the two projections, in training only.
         sites: roles (``"attention"``, ``"mlp"``) or module paths (``*`` allowed); None is both roles where the
@@ -61,22 +63,22 @@ class RepAdapter(Method):
 
     def plan(self, survey: Survey) -> Plan:
         layers, skipped = survey.resolve(self.sites, ("attention", "mlp"), moved=True)
-        odd = [layer for layer in layers if layer.operator.in_width % self.groups]
-        left_out = [
-            Skipped(x.path, f"groups={self.groups} does not divide its {x.operator.in_width} channels") for x in odd
-        ]
-        if left_out and (self.sites is not None or len(left_out) == len(layers)):
-            raise SiteError(
-                left_out[0].reason, where=left_out[0].path, remedy="Choose another number of groups, or other sites"
-            )
-        sites = [survey.input_site(layer, wants_shift=True) for layer in layers if layer not in odd]
-        return Plan(tuple(sites), tuple(skipped + left_out))
+        sites = [self._noted(site) for site in survey.input_sites(layers, wants_shift=True)]
+        return Plan(tuple(sites), tuple(skipped))
+
+    def _noted(self, site: Site) -> Site:
+        """With a note where ``groups`` does not divide the width and the up projection gets fewer."""
+        groups = math.gcd(self.groups, site.width)
+        if groups == self.groups:
+            return site
+        note = f"{groups} instead of {self.groups} groups, which do not divide {site.width} channels"
+        return replace(site, note="; ".join(filter(None, (site.note, note))))
 
     def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> LinearBottleneck:
         return LinearBottleneck(
             site.width,
             self.rank,
-            self.groups,
+            math.gcd(self.groups, site.width),
             self.scale,
             self.dropout,
             channel_dim=site.channel_dim,

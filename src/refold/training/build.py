@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import refold
-from refold.attachment import description
 from refold.errors import DataError
+from refold.inspection import description
 from refold.preprocessing import Preprocessing
 from refold.state import state_of
 from refold.store import read_header

@@ -66,7 +66,10 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides that it is static)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (gradient,) = grad_outputs
         query, key, value, weights = ctx.saved_tensors
         needs_query, needs_key, needs_value, _ = ctx.needs_input_grad
         to_query = to_key = to_value = None
@@ -74,7 +77,7 @@ class _Products(torch.autograd.Function):
             to_value = weights.transpose(1, 2) @ gradient
         if needs_query or needs_key:
             to_weights = gradient @ value.transpose(1, 2)
-            to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+            to_scores = torch.ops.aten._softmax_backward_data(to_weights, weights, -1, weights.dtype)
             if needs_query:
                 to_query = _scaled(to_scores, key, ctx.scale)
             if needs_key:
