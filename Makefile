@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 # `auto` would take every core of a shared machine; two workers suit the small models the tests use.
 JOBS ?= 2
 
-.PHONY: help install demo test test-all lint types format bench bench-speed bench-accuracy clean
+.PHONY: help install demo test test-all lint types format bench bench-families bench-speed bench-accuracy clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,7 +46,10 @@ format: $(STAMP)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-speed bench-accuracy  ## every benchmark; hours on two cores, resumable
+bench: bench-families bench-speed bench-accuracy  ## every benchmark; hours on two cores, resumable
+
+bench-families: $(BENCH_STAMP)  ## every backbone family and method, exact or not, and PEFT; under 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --jobs $(JOBS)
 
 bench-speed: $(BENCH_STAMP)  ## latency, training step, stored bytes and epoch time against the peers
 	$(BIN)/python benchmarks/speed.py

@@ -67,13 +67,23 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
         ("module", "[qk]", "c"),  # iFormer
         ("module", "v_gate", "c"),
         ("m", "qkv", "c"),  # SHViT
+        ("mixer", "BCdt_proj", "conv"),  # EfficientViM
+        ("attn", "main", "*", "pwise"),  # LowFormer
+        ("total", "0", "0", "main", "1", "pwise"),  # CPUBone
+        ("attn_layer", "*", "to_qkv"),  # torchvision MaxViT
+        ("attn", "qkv_proj"),  # MobileViT V2
+        ("spatial_mixing", "partial_conv3"),  # FasterNet
         ("mlp_tokens", "fc1"),  # MLP-Mixer
+        ("linear_tokens",),  # ResMLP
     ),
     # The projections that read the MLP's normalised input; two of them where one gates the other.
     "mlp": (
-        ("mlp*", "fc1"),  # timm
-        ("mlp*", "fc1", "conv"),
-        ("mlp*", "fc1_*"),  # gated
+        ("mlp", "fc1"),  # timm
+        ("mlp[0-9]", "fc1"),  # CoaT
+        ("mlp_in", "fc1"),  # TNT
+        ("mlp_channels", "fc1"),  # MLP-Mixer
+        ("mlp", "fc1", "conv"),
+        ("mlp", "fc1_*"),  # gated
         ("mlp", "c_fc"),  # open_clip
         ("mlp", "w12"),  # fused SwiGLU
         ("mlp", "w[012]"),  # SwiGLU, GeGLU
@@ -84,8 +94,15 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
         ("mlp", "0"),  # torchvision
         ("mlp", "conv1"),  # Visformer
         ("mlp", "ln1", "linear"),  # LeViT
-        ("mlp", "main", "0"),  # LowFormer
+        ("mlp", "main", "1"),  # LowFormer
+        ("total", "0", "1", "main", "1"),  # CPUBone
+        ("mlp_layer", "1"),  # torchvision MaxViT
+        ("main", "inverted_conv", "conv"),  # EfficientViT (MIT)
+        ("pw_exp", "conv"),  # MobileNetV4, MobileNetV5
+        ("feed_forward", "gate_proj"),  # transformers Pixtral
+        ("feed_forward", "up_proj"),
         ("intermediate", "dense"),  # transformers ViT, BEiT, Swin
+        ("intermediate", "fc1"),  # transformers LW-DETR
         ("mlp", "dense1"),  # transformers PVT, GLPN
         ("mlp", "lin1"),  # transformers SAM
         ("mlp", "proj_in"),
@@ -94,11 +111,9 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
         ("ffn", "gate_proj"),  # transformers AIMv2
         ("ffn", "up_proj"),
         ("ffn", "fc1", "conv"),  # EfficientViM
-        ("ffn", "pw1", "conv"),
-        ("ffn", "m", "pw1", "conv"),  # EfficientViT (MSRA)
+        ("ffn*", "m", "pw1", "conv"),  # EfficientViT (MSRA)
         ("m", "pw1", "c"),  # SHViT
         ("linear", "fc1"),  # SwiftFormer
-        ("channel_mixer", "conv1", "c"),  # RepViT
     ),
     "attention_out": (("attn", "proj"),),
     "mlp_out": (("mlp", "fc2"), ("mlp", "c_proj"), ("mlp", "w3"), ("mlp", "3")),
@@ -112,13 +127,29 @@ MOVED: dict[str, dict[str, tuple[tuple[Pattern, ...], str]]] = {
     "transformers.models.convnext.modeling_convnext.ConvNextPreTrainedModel": _CONVNEXT,
     "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2PreTrainedModel": _CONVNEXT,
     "timm.models.convnext.ConvNeXt": {"attention": ((("mlp", "fc2"),), _NEAR_DEPTHWISE)},
+    "timm.models.fastvit.FastVit": {"attention": ((("mlp", "fc2"),), _NEAR_DEPTHWISE)},
+    "timm.models.repvit.RepVit": {
+        "attention": ((("channel_mixer", "conv2", "c"),), _NEAR_DEPTHWISE),
+        "mlp": ((("channel_mixer", "conv1", "c"),), ""),
+    },
+    "timm.models.sequencer.Sequencer2d": {
+        "attention": ((("rnn_tokens", "fc"),), "moved behind the LSTM, into which nothing folds"),
+    },
+    "torchvision.models.convnext.ConvNeXt": {
+        "attention": ((("block", "5"),), _NEAR_DEPTHWISE),
+        "mlp": ((("block", "3"),), ""),
+    },
+    "transformers.models.dinov3_convnext.modeling_dinov3_convnext.DINOv3ConvNextPreTrainedModel": {
+        "attention": ((("pointwise_conv2",),), _NEAR_DEPTHWISE),
+        "mlp": ((("pointwise_conv1",),), ""),
+    },
     "timm.models.inception_next.MetaNeXt": {"attention": ((("mlp", "fc2"),), _NEAR_DEPTHWISE)},
     "timm.models.efficientnet.EfficientNet": {
         "attention": ((("conv_pwl",), ("conv_pwl", "*")), _NEAR_DEPTHWISE),
         "mlp": ((("conv_pw",), ("conv_pw", "*")), _NEAR_DEPTHWISE),
     },
     "timm.models.mobilenetv3.MobileNetV3": {
-        "attention": ((("conv_pwl",), ("conv_pwl", "*")), _NEAR_DEPTHWISE),
-        "mlp": ((("conv_pw",), ("conv_pw", "*")), _NEAR_DEPTHWISE),
+        "attention": ((("conv_pwl",), ("pw_proj", "conv"), ("attn", "query", "proj")), _NEAR_DEPTHWISE),
+        "mlp": ((("conv_pw",), ("pw_exp", "conv")), _NEAR_DEPTHWISE),
     },
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -136,19 +136,23 @@ class Survey:
         return self._ordered(layer for name in names for layer in self._named(name, False, norms=True)), []
 
     def _with_role(self, role: str, moved: bool) -> list[Layer]:
-        patterns, note = ROLES.get(role, ()), ""
-        if moved:
-            for cls in type(self.model).__mro__:
-                family = MOVED.get(f"{cls.__module__}.{cls.__qualname__}", {})
-                if role in family:
-                    patterns, note = family[role]
-                    break
-        found = [
-            replace(layer, role=role, note=note)
-            for path, layer in self.layers.items()
-            if layer.operator.folds_input and any(_matches(path, pattern) for pattern in patterns)
-        ]
+        found = []
+        for path, layer in self.layers.items():
+            usual = (ROLES.get(role, ()), "")
+            patterns, note = self._moved(path).get(role, usual) if moved else usual
+            if layer.operator.folds_input and any(_matches(path, pattern) for pattern in patterns):
+                found.append(replace(layer, role=role, note=note))
         return self._first_readers(found) if role in ONE_INPUT else found
+
+    def _moved(self, path: str) -> Mapping[str, tuple[tuple[tuple[str, ...], ...], str]]:
+        """What ``MOVED`` says of the family of the nearest module around ``path``: backbones come wrapped, too."""
+        while path:
+            path = path.rpartition(".")[0]
+            for cls in type(self.modules[path]).__mro__:
+                family = MOVED.get(f"{cls.__module__}.{cls.__qualname__}")
+                if family is not None:
+                    return family
+        return {}
 
     def _first_readers(self, layers: list[Layer]) -> list[Layer]:
         """Of the layers with one parent, those that read what the first of them reads: not the way back."""

@@ -38,10 +38,10 @@ class Operator(torch.autograd.Function):
         return sample(values, offsets, weights)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-            return torch.autograd.grad(sample(*inputs), inputs, gradient)
+            return torch.autograd.grad(sample(*inputs), inputs, gradients)
 
 
 class Deformable(nn.Module):
