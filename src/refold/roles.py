@@ -143,6 +143,17 @@ MOVED: dict[str, dict[str, tuple[tuple[Pattern, ...], str]]] = {
         "attention": ((("pointwise_conv2",),), _NEAR_DEPTHWISE),
         "mlp": ((("pointwise_conv1",),), ""),
     },
+    "timm.models.iformer.IFormer": {
+        "attention": (
+            (("module", "[qk]", "c"), ("module", "v_gate", "c"), ("mixer", "module", "3", "c")),
+            _NEAR_DEPTHWISE,
+        ),
+        "mlp": ((("mixer", "module", "[01]", "c"),), ""),
+    },
+    "timm.models.rdnet.RDNet": {
+        "attention": ((("layers", "layers", "4"),), _NEAR_DEPTHWISE),
+        "mlp": ((("layers", "layers", "2"),), ""),
+    },
     "timm.models.inception_next.MetaNeXt": {"attention": ((("mlp", "fc2"),), _NEAR_DEPTHWISE)},
     "timm.models.efficientnet.EfficientNet": {
         "attention": ((("conv_pwl",), ("conv_pwl", "*")), _NEAR_DEPTHWISE),

@@ -140,7 +140,8 @@ class Survey:
         for path, layer in self.layers.items():
             usual = (ROLES.get(role, ()), "")
             patterns, note = self._moved(path).get(role, usual) if moved else usual
-            if layer.operator.folds_input and any(_matches(path, pattern) for pattern in patterns):
+            mixes = layer.operator.folds_input and layer.operator.groups == 1  # no paper names a grouped convolution
+            if mixes and any(_matches(path, pattern) for pattern in patterns):
                 found.append(replace(layer, role=role, note=note))
         return self._first_readers(found) if role in ONE_INPUT else found
 
