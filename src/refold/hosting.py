@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from refold.adapters import Adapter, ChannelAdapter, WeightAdapter
 from refold.errors import SiteError
 from refold.fold import KINDS, BatchNorm, Operator, fold_input, fold_output, fold_weight, input_shift, kind_of
+from refold.probe import tensors_of
+from refold.recompute import require_recorded
 from refold.sites import Site
 
 __all__ = [
@@ -145,14 +147,18 @@ def _shadow(owner: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _unshadow(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    for path in owner.__dict__[_SHADOWED]:
-        _drop_shadow(owner.get_submodule(path) if path else owner)
+    layers = {path: owner.get_submodule(path) if path else owner for path in owner.__dict__[_SHADOWED]}
+    shadows = {path: _drop_shadow(layer) for path, layer in layers.items()}
+    for path, weight in shadows.items():
+        if path and weight is not None and output is not None:  # a layer's own forward is one module's, kept whole
+            require_recorded(weight, tensors_of(output), type(owner).__name__)
 
 
-def _drop_shadow(layer: nn.Module) -> None:
+def _drop_shadow(layer: nn.Module) -> Tensor | None:
+    """Take the folded weight away, if there is one, and return it."""
     op = KINDS[_slot(layer).kind].operator(layer)
-    layer.__dict__.pop(op.weight, None)
     layer.__dict__.pop(op.bias, None)
+    return layer.__dict__.pop(op.weight, None)
 
 
 def _as_is(tensor: Tensor) -> Tensor:

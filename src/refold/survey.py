@@ -53,8 +53,7 @@ class Survey:
             kind = kind_of(module)
             if kind is None or self._in_head(path):
                 continue
-            reason = self._reason_against(path, module, shared)
-            if reason is not None:
+            if (reason := self._reason_against(path, module, shared)) is not None:
                 self.skipped.append(Skipped(path, reason))
             else:
                 self.layers[path] = Layer(path, module, kind.name, kind.operator(module), self._owner(path))

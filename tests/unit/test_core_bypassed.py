@@ -10,6 +10,8 @@ import torch
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import refold
 from refold.hosting import hooks_left
@@ -130,3 +132,46 @@ def test_a_weight_whose_other_use_is_hidden_does_not_merge():
         refold.merge(model)
     assert torch.equal(model(x), output)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+class Checkpointed(nn.Module):
+    """Reads a child's weight in a part of its forward that runs again in the backward pass."""
+
+    def __init__(self, reentrant: bool | None, whole: bool = False) -> None:
+        super().__init__()
+        self.first, self.body, self.head = nn.Linear(8, 8), nn.Module(), nn.Linear(8, 2)
+        self.body.qkv = nn.Linear(8, 8, bias=False)
+        self.body.forward = self.inner  # type: ignore[method-assign]
+        self.reentrant, self.whole = reentrant, whole
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, self.body.qkv.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, part = self.first(x), self.body if self.whole else self.inner
+        return self.head(part(x) if self.reentrant is None else checkpoint(part, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("method", [METHOD, refold.LoRA(rank=4)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_inside_the_owner_is_refused_and_one_around_it_is_exact(method, reentrant):
+    """In the second run the stored weight is back: gradients would be wrong without a word."""
+    x, method = torch.randn(4, 8), replace(method, sites="body.qkv")
+
+    def trained(model: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        refold.attach(model, method, example=x, trainable=("head", "first"))
+        perturb(refold.trainable_parameters(model))
+        return model.train()
+
+    model = trained(Checkpointed(reentrant))
+    with pytest.raises((refold.SiteError, CheckpointError), match=r"re-entrant gradient|different number of tensors"):
+        model(x).square().sum().backward()
+    gradients = []
+    for model in (trained(Checkpointed(None, whole=True)), trained(Checkpointed(reentrant, whole=True))):
+        model(x).square().sum().backward()
+        gradients.append({n: p.grad for n, p in refold.trainable_parameters(model).items()})
+    assert all(torch.allclose(gradients[1][n], gradient) for n, gradient in gradients[0].items())
+    assert any("refold" in n for n in gradients[0])
