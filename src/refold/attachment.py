@@ -142,6 +142,7 @@ def build_adapters(model: nn.Module, prepared: Prepared, device: torch.device | 
         floating = weight.dtype if weight.is_floating_point() else torch.float32
         dtype = torch.promote_types(floating, torch.float32)
         adapters[site.path] = prepared.method.build(site, device or weight.device, dtype)
+    prepared.method.link(adapters)
     return adapters
 
 

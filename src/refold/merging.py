@@ -335,7 +335,9 @@ def _changed(model: nn.Module, state: State, now: dict[str, Tensor | None]) -> l
     twin = copy.deepcopy(model).to("cpu", torch.float64)
     for name, value in state.unfolded.items():
         set_tensor(twin, name, value)
-    parked = {path: copy.deepcopy(adapter).cpu() for path, adapter in record.parked.items()}
+    parked = copy.deepcopy(record.parked)  # together: some share parts
+    for adapter in parked.values():
+        adapter.cpu()
     rounding = max(torch.finfo(v.dtype).eps for v in state.unfolded.values() if v is not None)
     changed = []
     for name, value in fold_all(twin, record, parked).items():

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
 from refold.errors import SiteError
@@ -18,6 +16,7 @@ from refold.fold import KINDS, NORMS, kind_of, refusal, replaces_weight
 from refold.maps import is_quantized
 from refold.probe import Example, Trace, example_input, tensor_name, trace
 from refold.roles import MOVED, ONE_INPUT, ROLES
+from refold.sharing import shared_parameters
 from refold.sites import Layer, Shift, Site, Skipped
 
 __all__ = ["Survey", "head_paths"]
@@ -48,7 +47,7 @@ class Survey:
         self.modules = dict(model.named_modules())
         self.layers: dict[str, Layer] = {}
         self.skipped: list[Skipped] = []
-        shared = _shared_parameters(model)
+        shared = shared_parameters(model)
         for path, module in self.modules.items():
             kind = kind_of(module)
             if kind is None or self._in_head(path):
@@ -279,11 +278,15 @@ class Survey:
             )
         return self._site(layer, "output", self._place_shift(layer, after=True), True)
 
-    def weight_site(self, layer: Layer) -> Site:
-        """The site of a map of ``layer``'s own weight."""
+    def weight_site(self, layer: Layer, *, wants_shift: bool = False) -> Site:
+        """The site of a map of ``layer``'s own weight, and of its bias if the map has a constant part.
+
+        The constant part has no place but the layer's own bias, or a new one.
+        """
         if layer.owner is None and replaces_weight(layer.module):
             layer = replace(layer, owner=layer.path)
-        return self._site(layer, "weight", None, False)
+        shift = self._place_shift(layer, own=True) if wants_shift else None
+        return self._site(layer, "weight", shift, wants_shift)
 
     def _site(self, layer: Layer, slot: str, shift: Shift | None, wants_shift: bool) -> Site:
         op, notes = layer.operator, [layer.note]
@@ -307,7 +310,7 @@ class Survey:
             layer.owner,
         )
 
-    def _place_shift(self, layer: Layer, *, after: bool = False) -> Shift:
+    def _place_shift(self, layer: Layer, *, after: bool = False, own: bool = False) -> Shift:
         has_bias = layer.module._parameters.get(layer.operator.bias) is not None
         if layer.owner is not None and has_bias:
             # Both are replaced together, so whoever reads the bias must be inside the owner's forward.
@@ -318,6 +321,8 @@ class Survey:
         if layer.owner is not None:
             return Shift("none")
         bn = self.trace.batchnorm.get(layer.path)
+        if own:
+            return Shift("new_bias", layer.path) if self.allow_new_bias else Shift("none")
         if bn is not None and getattr(self.modules[bn], "running_mean", None) is not None:
             return Shift("batchnorm", bn)
         norm = self.trace.norm.get(layer.path)
@@ -343,38 +348,6 @@ def _common(paths: Iterable[str]) -> str:
     segments = [path.split(".") if path else [] for path in paths]
     shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*segments, strict=False))
     return ".".join(level[0] for level in shared)
-
-
-def _shared_parameters(model: nn.Module) -> dict[str, str]:
-    """Layer path -> why it cannot be folded: another module uses the same parameter, or the same memory.
-
-    One module under several paths is no such case: its hooks run wherever it is called, and its fold changes all.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    spans: dict[int, list[tuple[str, range]]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        key, span = _memory(parameter)
-        spans[key].append((name.rpartition(".")[0], span))
-    reasons = {}
-    for found in spans.values():
-        for path, span in found if len(found) > 1 else ():
-            others = {
-                other
-                for other, s in found
-                if modules[other] is not modules[path] and max(s.start, span.start) < min(s.stop, span.stop)
-            }
-            if others:
-                reasons[path] = f"its weight is shared with {', '.join(sorted(others))}: folding would change both"
-    return reasons
-
-
-def _memory(parameter: nn.Parameter) -> tuple[int, range]:
-    """Where a parameter lies: an identity of its storage, and the part of it, in elements, between its ends."""
-    if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided or not parameter.data_ptr():
-        return id(parameter), range(1)
-    length = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    first = parameter.storage_offset()
-    return parameter.untyped_storage().data_ptr(), range(first, first + length)
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:

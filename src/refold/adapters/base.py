@@ -8,13 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from refold.maps import ChannelMap, to_float64
+from refold.maps import ChannelMap, to_dense, to_float64
 
-__all__ = ["Adapter", "ChannelAdapter", "WeightAdapter", "autocast_input"]
+__all__ = ["Adapter", "ChannelAdapter", "WeightAdapter", "autocast_input", "widened"]
 
 
 class Adapter(nn.Module):
     """Base of all adapters. Identity at initialisation, or its paper's published start."""
+
+    def refer(self, name: str, module: nn.Module) -> None:
+        """Make another adapter's part reachable as an attribute, without being a part of this adapter."""
+        self.__dict__[name] = module
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # type: ignore[override]
         # A plain checkpoint of the backbone must load strictly while adapters are attached: an adapter of which
@@ -41,13 +45,18 @@ class ChannelAdapter(Adapter, ABC):
 
 
 class WeightAdapter(Adapter, ABC):
-    """On a layer's weight: ``(W, b) -> (W', b')``, and a cheaper equal path over activations where there is one."""
+    """On a layer's weight: ``(W, b) -> (W', b')``, and a cheaper equal path over activations where there is one.
+
+    Attributes:
+        channel_dim: position of the channels in the layer's output, from the end.
+    """
+
+    channel_dim: int
 
     @abstractmethod
     def reparameterize(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The adapted weight and bias in the dtype of ``weight``; differentiable, no dropout."""
 
-    @abstractmethod
     def branch(
         self,
         x: Tensor,
@@ -56,12 +65,22 @@ class WeightAdapter(Adapter, ABC):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        """What the adapter adds to the layer's output for the input ``x``.
+        """What the adapter adds to the layer's output for the input ``x``: here ``(W' - W) x + b' - b``.
+
+        A map with structure overrides it with less work: this one costs as much as the layer itself.
 
         Args:
             run: the layer's own geometry with another weight and no bias, ``run(x, weight)``.
             output, weight, bias: the frozen layer's.
         """
+        wide = widened(weight, self)
+        moved, shift = self.reparameterize(wide, None if bias is None else bias.to(wide.dtype))
+        x = autocast_input(x)
+        added = run(x, (moved - wide).to(x.dtype))
+        if shift is None or shift is bias:
+            return added
+        shift = shift if bias is None else shift - bias
+        return added + shift.to(added.dtype).view(-1, *[1] * (-self.channel_dim - 1))
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -73,3 +92,9 @@ def autocast_input(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def widened(weight: Tensor, adapter: Adapter) -> Tensor:
+    """A frozen weight, dense and in at least the adapter's own precision: bfloat16 would round small changes away."""
+    weight = to_dense(weight)
+    return weight.to(torch.promote_types(weight.dtype, next(adapter.parameters()).dtype))

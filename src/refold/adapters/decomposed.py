@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from refold.adapters.base import widened
 from refold.adapters.lowrank import LowRank
-from refold.maps import to_dense
 
 __all__ = ["Decomposed"]
 
@@ -43,7 +43,7 @@ class Decomposed(LowRank):
         return self.magnitude.to(weight.dtype) * ratio
 
     def reparameterize(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        wide = self._widened(weight)
+        wide = widened(weight, self)
         factor = self._factor(wide).view(-1, *[1] * (weight.dim() - 1))
         return (factor * (wide + self.delta(wide))).to(weight.dtype), bias
 
@@ -55,13 +55,8 @@ class Decomposed(LowRank):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        factor = self._factor(self._widened(weight))
+        factor = self._factor(widened(weight, self))
         shape = (-1, *[1] * (-self.channel_dim - 1))
         frozen = output if bias is None else output - bias.to(output.dtype).view(shape)
         moved = (factor - 1).to(output.dtype).view(shape) * frozen
         return moved + self.expand(self.reduce(x, run), factor.to(self.up.dtype)[:, None] * self.up)
-
-    def _widened(self, weight: Tensor) -> Tensor:
-        """The weight in at least the adapter's own precision: bfloat16 norms would move every channel."""
-        weight = to_dense(weight)
-        return weight.to(torch.promote_types(weight.dtype, self.magnitude.dtype))

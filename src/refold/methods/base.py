@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -52,6 +53,13 @@ class Method(ABC):
     def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> Adapter:
         """A fresh adapter for one of the plan's sites."""
         raise SiteError(f"{type(self).__name__} builds no adapters", where=site.path)
+
+    def link(self, adapters: Mapping[str, Adapter]) -> None:  # noqa: B027 (most methods share nothing)
+        """Tie fresh adapters (by site) to one another, where a method's parameters serve several sites.
+
+        What is shared is a child of one adapter; the others refer to it outside their modules (see
+        :meth:`refold.adapters.Adapter.refer`), so that it is counted, trained and saved once.
+        """
 
     def to_json(self) -> dict[str, Any]:
         """``{"name": class name, hyper-parameter: value, ...}``."""
