@@ -34,7 +34,8 @@ from refold.errors import (
 from refold.hub import push_to_hub
 from refold.inspection import describe, explain
 from refold.merging import merge, switch, unmerge
-from refold.methods import METHODS, OFT, SSF, BitFit, DoRA, FullFineTune, LinearProbe, LoRA, Method, RepAdapter
+from refold.methods import METHODS, Method
+from refold.methods.shelf import *  # noqa: F403 (every method by its name)
 from refold.peft_format import load_peft, save_peft
 from refold.preprocessing import Preprocessing
 from refold.store import from_pretrained, load, save
@@ -46,21 +47,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
-    "OFT",
-    "SSF",
     "BackboneError",
-    "BitFit",
     "DataError",
-    "DoRA",
-    "FullFineTune",
-    "LinearProbe",
-    "LoRA",
     "MergeError",
     "Method",
     "MissingExtraError",
     "Preprocessing",
     "RefoldError",
-    "RepAdapter",
     "SiteError",
     "StoreError",
     "__version__",
@@ -85,6 +78,7 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
 ]
+__all__ += METHODS  # pyright: ignore[reportUnsupportedDunderAll]
 
 _LAZY = {"train": "refold.training", "predict": "refold.training"}
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from refold import hosting
 from refold.adapters import Adapter, LinearBottleneck, LowRank, ScaleShift
-from refold.attachment import Prepared, install, require_room
+from refold.attachment import install
 from refold.errors import SiteError
 from refold.maps import to_float64
-from refold.methods import SSF, LoRA, Method, Plan, RepAdapter
+from refold.methods import Method, Plan
 from refold.methods.base import is_number
+from refold.methods.shelf import SSF, LoRA, RepAdapter
+from refold.preparation import Prepared, require_room
 from refold.sites import Site
 from refold.state import Record, State, get_tensor, require_state, set_tensor
 

@@ -38,7 +38,7 @@ def fold_all(model: nn.Module, record: Record, adapters: dict[str, Adapter]) -> 
         assert weight is not None
         if bias is None and (present := get_tensor(model, bias_name)) is not None:
             bias = to_float64(present)
-        adapter = adapters[site.path]
+        adapter = adapters[site.key]
         folds[weight_name], folded_bias = hosting.fold_site(op, site, adapter, weight, bias, to_float64)
         if folded_bias is not None and folded_bias is not bias:
             folds[bias_name] = folded_bias

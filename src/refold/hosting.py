@@ -6,7 +6,7 @@ pickle, torch.compile and torch.export treat them like any other code; what they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refold import sides
 from refold.adapters import Adapter, ChannelAdapter, WeightAdapter
 from refold.errors import SiteError
 from refold.fold import KINDS, BatchNorm, Operator, fold_input, fold_output, fold_weight, input_shift, kind_of
 from refold.probe import tensors_of
 from refold.recompute import require_recorded
+from refold.sides import Wire
 from refold.sites import Site
 
 __all__ = [
@@ -26,15 +28,18 @@ __all__ = [
     "Slot",
     "activate_slots",
     "adapter_parameters",
+    "adapters_of",
     "fold_site",
     "freeze_statistics",
     "hooks_left",
     "host",
     "hosted",
     "is_free_name",
+    "nearest_parameter",
     "silenced",
     "unfreeze_statistics",
     "unhost",
+    "unused",
 ]
 
 #: Name of the child that holds a layer's adapters; state-dict keys read ``<layer>.refold.<adapter>.<parameter>``.
@@ -48,25 +53,40 @@ _SHADOWED = "_refold_shadowed"
 
 
 class Slot(nn.ModuleDict):
-    """The adapters of one host layer by adapter name, of which at most one is in use."""
+    """The adapters of one host by entry, see :meth:`Site.entry`; those of at most one name are in use.
 
-    def __init__(self, kind: str) -> None:
+    Attributes:
+        active: the name in use.
+        sites: name -> its sites here, in the order in which they act.
+        wires: entry -> what a side adapter needs besides the host's call.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.kind = kind
         self.active: str | None = None
-        self.sites: dict[str, Site] = {}
+        self.sites: dict[str, list[Site]] = {}
+        self.wires: dict[str, Wire] = {}
 
-    def current(self) -> tuple[Adapter, Site] | tuple[None, None]:
-        if self.active is None or self.active not in self:
-            return None, None
-        adapter = self[self.active]
+    def current(self) -> list[tuple[Adapter, Site]]:
+        """The adapters in use, in the order in which they act."""
+        if self.active is None:
+            return []
+        return [(self.at(site, self.active), site) for site in self.sites.get(self.active, ())]
+
+    def at(self, site: Site, name: str) -> Adapter:
+        """The adapter called ``name`` at ``site``."""
+        adapter = self[site.entry(name)]
         assert isinstance(adapter, Adapter)
-        return adapter, self.sites[self.active]
+        return adapter
+
+    def wire(self, site: Site) -> Wire | None:
+        assert self.active is not None
+        return self.wires.get(site.entry(self.active))
 
 
 def is_free_name(name: str) -> bool:
     """Whether an adapter may be called ``name``: an identifier that no slot has as an attribute of its own."""
-    return name.isidentifier() and not hasattr(Slot("linear"), name)
+    return name.isidentifier() and not hasattr(Slot(), name)
 
 
 def _slot(layer: nn.Module) -> Slot:
@@ -82,47 +102,64 @@ def _shifts_after(layer: nn.Module, adapter: ChannelAdapter) -> bool:
 
 
 def _before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    slot = _slot(layer)
-    adapter, site = slot.current()
-    if adapter is None or site is None or site.owner is not None:
-        return None
-    if any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values())):
-        raise SiteError(
-            "an adapter on activations cannot take a NestedTensor",
-            where=site.path,
-            remedy="If an nn.TransformerEncoder makes it, set its use_nested_tensor = False: real tokens stay the same",
-        )
-    if not isinstance(adapter, ChannelAdapter) or site.slot != "input":
-        return None
-    fn: Callable[[Tensor], Tensor] = adapter
-    if _shifts_after(layer, adapter):
-        fn = partial(adapter, with_shift=False)
-    return KINDS[slot.kind].map_input(args, kwargs, fn)
+    slot, changed = _slot(layer), False
+    for adapter, site in slot.current():
+        if site.owner is not None:
+            continue
+        if any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values())):
+            raise SiteError(
+                "an adapter on activations cannot take a NestedTensor",
+                where=site.path,
+                remedy="If an nn.TransformerEncoder makes it, set its use_nested_tensor = False: real tokens stay "
+                "the same",
+            )
+        wire = slot.wire(site)
+        if wire is not None:
+            args, kwargs = sides.enter(wire, args, kwargs)
+        elif isinstance(adapter, ChannelAdapter) and site.slot == "input":
+            fn: Callable[[Tensor], Tensor] = adapter
+            if _shifts_after(layer, adapter):
+                fn = partial(adapter, with_shift=False)
+            args, kwargs = KINDS[site.kind].map_input(args, kwargs, fn)
+        else:
+            continue
+        changed = True
+    return (args, kwargs) if changed else None
 
 
 def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     slot = _slot(layer)
-    adapter, site = slot.current()
-    if adapter is None or site is None or site.owner is not None:
-        return None
-    kind = KINDS[slot.kind]
-    if isinstance(adapter, WeightAdapter):
-        op, x = kind.operator(layer), args[0] if args else kwargs["input"]
-        weight, bias = layer._parameters[op.weight], layer._parameters.get(op.bias)
-        assert kind.run is not None
-        assert weight is not None
-        return output + adapter.branch(x, partial(kind.run, layer), output, weight, bias)
-    assert isinstance(adapter, ChannelAdapter)
-    if site.slot == "output":
-        return adapter(output)
-    if not _shifts_after(layer, adapter):
-        return None
-    op, shift = kind.operator(layer), adapter.shift()
-    weight = layer._parameters[op.weight]
-    assert shift is not None
-    assert weight is not None
-    moved = input_shift(op, weight.to(shift.dtype), shift)
-    return output + moved.reshape(-1, *[1] * (-op.channel_dim - 1)).to(output.dtype)
+    weight: Callable[[], tuple[Tensor, Tensor | None]] | None = (
+        None  # the adapted one, where a weight map acts here as well
+    )
+    for adapter, site in slot.current():
+        if site.owner is not None:
+            continue
+        wire = slot.wire(site)
+        if wire is not None:
+            output = sides.leave(wire, args, kwargs, output)
+            continue
+        kind = KINDS[site.kind]
+        op = kind.operator(layer)
+        if isinstance(adapter, WeightAdapter):
+            x = args[0] if args else kwargs["input"]
+            frozen, bias = layer._parameters[op.weight], layer._parameters.get(op.bias)
+            assert kind.run is not None
+            assert frozen is not None
+            output = output + adapter.branch(x, partial(kind.run, layer), output, frozen, bias)
+            weight = partial(fold_weight, op, frozen, bias, adapter.reparameterize)
+            continue
+        assert isinstance(adapter, ChannelAdapter)
+        if site.slot == "output":
+            output = adapter(output)
+        elif _shifts_after(layer, adapter):
+            shift = adapter.shift()
+            present = weight()[0] if weight is not None else layer._parameters[op.weight]
+            assert shift is not None
+            assert present is not None
+            moved = input_shift(op, present.to(shift.dtype), shift)
+            output = output + moved.reshape(-1, *[1] * (-op.channel_dim - 1)).to(output.dtype)
+    return output
 
 
 def _shadow(owner: nn.Module, args: tuple[Any, ...]) -> None:
@@ -133,17 +170,17 @@ def _shadow(owner: nn.Module, args: tuple[Any, ...]) -> None:
     """
     for path in owner.__dict__[_SHADOWED]:
         layer = owner.get_submodule(path) if path else owner
-        slot = _slot(layer)
-        adapter, site = slot.current()
-        if adapter is None or site is None or site.owner is None:
-            continue
-        op = KINDS[slot.kind].operator(layer)
-        weight, bias = layer._parameters[op.weight], layer._parameters.get(op.bias)
-        assert weight is not None
-        folded, folded_bias = fold_site(op, site, adapter, weight, bias, _as_is)
-        layer.__dict__[op.weight] = folded.to(weight.dtype)
-        if folded_bias is not None and folded_bias is not bias:
-            layer.__dict__[op.bias] = folded_bias.to(weight.dtype)
+        for adapter, site in _slot(layer).current():
+            if site.owner is None:
+                continue
+            op = KINDS[site.kind].operator(layer)
+            stored, stored_bias = layer._parameters[op.weight], layer._parameters.get(op.bias)
+            assert stored is not None
+            weight, bias = layer.__dict__.get(op.weight, stored), layer.__dict__.get(op.bias, stored_bias)
+            folded, folded_bias = fold_site(op, site, adapter, weight, bias, _as_is)
+            layer.__dict__[op.weight] = folded.to(stored.dtype)
+            if folded_bias is not None and folded_bias is not stored_bias:
+                layer.__dict__[op.bias] = folded_bias.to(stored.dtype)
 
 
 def _unshadow(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -156,7 +193,10 @@ def _unshadow(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 def _drop_shadow(layer: nn.Module) -> Tensor | None:
     """Take the folded weight away, if there is one, and return it."""
-    op = KINDS[_slot(layer).kind].operator(layer)
+    kind = kind_of(layer)
+    if kind is None:
+        return None
+    op = kind.operator(layer)
     layer.__dict__.pop(op.bias, None)
     return layer.__dict__.pop(op.weight, None)
 
@@ -208,11 +248,11 @@ def _restore_mode(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def host(model: nn.Module, site: Site, name: str, adapter: Adapter) -> None:
-    """Put ``adapter`` on the site's layer in ``model`` under ``name``, inactive."""
+    """Put ``adapter`` on the site's host in ``model`` under ``name``, inactive."""
     layer = model.get_submodule(site.path)
     slot = layer._modules.get(SLOT)
     if slot is None:
-        slot = Slot(site.kind)
+        slot = Slot()
         layer.add_module(SLOT, slot)
         layer.register_forward_pre_hook(_before, with_kwargs=True)
         # First of all hooks behind the layer: what a user's hook changes is changed for a merged model as well.
@@ -228,8 +268,10 @@ def host(model: nn.Module, site: Site, name: str, adapter: Adapter) -> None:
         path = site.path.removeprefix(site.owner).removeprefix(".")
         shadowed = owner.__dict__[_SHADOWED]
         setattr(owner, _SHADOWED, tuple(dict.fromkeys((*shadowed, path))))
-    slot[name] = adapter
-    slot.sites[name] = site
+    slot[site.entry(name)] = adapter
+    slot.sites.setdefault(name, []).append(site)
+    if site.route is not None:
+        slot.wires[site.entry(name)] = sides.wire(model, slot, name, site)
     adapter.train(layer.training)
 
 
@@ -238,18 +280,36 @@ def hosted(model: nn.Module) -> dict[str, Slot]:
     return {p: m._modules[SLOT] for p, m in model.named_modules() if isinstance(m._modules.get(SLOT), Slot)}  # type: ignore[misc]
 
 
-def unhost(model: nn.Module) -> None:
-    """Remove every slot and hook of refold from its layers."""
-    for path in hosted(model):
+def nearest_parameter(model: nn.Module, path: str) -> nn.Parameter:
+    """A parameter of the module at ``path``, or of the nearest one around it."""
+    while (found := next(model.get_submodule(path).parameters(), None)) is None:
+        path = path.rpartition(".")[0]
+    return found
+
+
+def adapters_of(model: nn.Module, sites: Iterable[Site], name: str) -> dict[str, Adapter]:
+    """Site key -> the adapter called ``name`` there."""
+    slots = hosted(model)
+    return {site.key: slots[site.path].at(site, name) for site in sites}
+
+
+def unhost(model: nn.Module, name: str | None = None) -> None:
+    """Remove the adapter called ``name``, or every slot and hook of refold, from its hosts."""
+    for path, slot in hosted(model).items():
         layer = model.get_submodule(path)
         _drop_shadow(layer)  # an interrupt (Ctrl-C) inside a forward skips even hooks that are always called
-        del layer._modules[SLOT]
-        _remove_hook(layer, _before)
-        _remove_hook(layer, _after)
-    for owner in model.modules():
-        if owner.__dict__.pop(_SHADOWED, None) is not None:
-            _remove_hook(owner, _shadow)
-            _remove_hook(owner, _unshadow)
+        for key in [key for key in slot.sites if name in (None, key)]:
+            for site in slot.sites.pop(key):
+                del slot[site.entry(key)]
+                slot.wires.pop(site.entry(key), None)
+        if not slot.sites:
+            del layer._modules[SLOT]
+            _remove_hooks(layer, _before, _after)
+    for module in model.modules():
+        if sides.untap(module, name):
+            _remove_hooks(module, *sides.TAP_HOOKS)
+        if name is None and module.__dict__.pop(_SHADOWED, None) is not None:
+            _remove_hooks(module, _shadow, _unshadow)
 
 
 def freeze_statistics(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
@@ -264,17 +324,16 @@ def freeze_statistics(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
 
 def unfreeze_statistics(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, BatchNorm) and _remove_hook(module, _keep_statistics):
-            _remove_hook(module, _restore_mode)
+        if isinstance(module, BatchNorm) and _remove_hooks(module, _keep_statistics, _restore_mode):
             module.__dict__.pop(_MODE, None)
             module.__dict__.pop(_MOMENTUM, None)
 
 
-def _remove_hook(module: nn.Module, fn: Callable[..., Any]) -> bool:
-    """Remove a hook by the function it calls: handles do not survive deepcopy and pickle, functions do."""
+def _remove_hooks(module: nn.Module, *fns: Callable[..., Any]) -> bool:
+    """Remove hooks by the functions they call: handles do not survive deepcopy and pickle, functions do."""
     removed = False
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [k for k, v in hooks.items() if v is fn]:
+        for key in [k for k, v in hooks.items() if v in fns]:
             del hooks[key]
             removed = True
             for flags in (
@@ -288,7 +347,7 @@ def _remove_hook(module: nn.Module, fn: Callable[..., Any]) -> bool:
 
 def hooks_left(model: nn.Module) -> int:
     """Number of refold's hooks left in the model; 0 after merge and detach."""
-    ours = {_before, _after, _shadow, _unshadow, _keep_statistics, _restore_mode}
+    ours = {_before, _after, _shadow, _unshadow, _keep_statistics, _restore_mode, *sides.TAP_HOOKS}
     return sum(
         fn in ours
         for m in model.modules()
@@ -305,9 +364,16 @@ def adapter_parameters(model: nn.Module) -> set[int]:
 def activate_slots(model: nn.Module, name: str | None) -> None:
     """Use the adapters called ``name`` everywhere (None: no adapter); only they train."""
     for slot in hosted(model).values():
-        slot.active = name if name is not None and name in slot else None
-        for key, adapter in slot.items():
-            adapter.requires_grad_(key == name)
+        slot.active = name if name in slot.sites else None
+        for key in slot.sites:
+            for site in slot.sites[key]:
+                slot.at(site, key).requires_grad_(key == name)
+
+
+def unused(model: nn.Module, name: str) -> list[str]:
+    """Paths of the hosts that never ran with the side adapter called ``name``."""
+    wires = ((path, wire) for path, slot in hosted(model).items() for wire in slot.wires.values())
+    return [path for path, wire in wires if wire.name == name and not wire.used]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from refold.hosting import adapter_parameters, hosted
+from refold.hosting import adapter_parameters, adapters_of
 from refold.preprocessing import Preprocessing
 from refold.state import Record, get_tensor, require_state
 
@@ -108,14 +108,16 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _site_rows(model: nn.Module, record: Record, name: str, *, merged: bool) -> list[Row]:
-    slots = {} if merged else hosted(model)
+    adapters = record.parked if merged else adapters_of(model, record.sites, name)
     rows = []
     for site in record.sites:
-        adapter = record.parked[site.path] if merged else slots[site.path][name]
+        adapter = adapters[site.key]
         count = 0 if site.shares else sum(p.numel() for p in adapter.parameters())
-        reason = "; ".join(filter(None, ("folds exactly", site.note)))
+        folds = site.route is None
+        verdict = "folds exactly" if folds else "stays beside the backbone: it is not linear, or mixes tokens"
+        reason = "; ".join(filter(None, (verdict, site.note)))
         shift = "" if site.shift is None else str(site.shift)
-        rows.append(Row(site.path, site.slot, site.role, site.width, count, record.method.mergeable, reason, shift))
+        rows.append(Row(site.path, site.slot, site.role, site.width, count, folds, reason, shift))
     return rows
 
 

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from refold import hosting, kept, quantized
-from refold.adapters import Adapter
 from refold.attachment import activate, exchange_owned
 from refold.comparison import LIMITS, compute_dtype, difference, run_probes
 from refold.errors import MergeError, RefoldError
 from refold.folding import fold_all
 from refold.maps import to_float64
-from refold.sites import Site
 from refold.state import (
     Kept,
     State,
@@ -105,7 +103,7 @@ def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True, dequa
         report = merge(quantized.single_precision_copy(model), check=True, keep_base=False)
         check = False
     before = _outputs(model, state) if check else []
-    adapters = {site.path: _adapter_at(model, site, name) for site in record.sites}
+    adapters = hosting.adapters_of(model, record.sites, name)
     folds = fold_all(model, record, adapters)
     _park(model, state)
     _write(model, state, name, folds)
@@ -166,8 +164,8 @@ def unmerge(model: nn.Module) -> None:
     state.kept = {}
     for key, record in state.records.items():
         for site in record.sites:
-            device = next(model.get_submodule(site.path).parameters()).device
-            hosting.host(model, site, key, record.parked[site.path].to(device))
+            device = hosting.nearest_parameter(model, site.path).device
+            hosting.host(model, site, key, record.parked[site.key].to(device))
         record.parked = {}
     activate(model, name)
 
@@ -217,8 +215,8 @@ def _fold_anew(model: nn.Module, state: State, name: str) -> None:
     record, previous = state.records[name], state.merged
     assert previous is not None
     known = {**state.unfolded, **{n: t for found in state.kept.values() for n, t in found.unfolded.items()}}
-    for path, adapter in record.parked.items():  # the model may have moved since the adapter left it
-        adapter.to(next(model.get_submodule(path).parameters()).device)
+    for site in record.sites:  # the model may have moved since the adapter left it
+        record.parked[site.key].to(hosting.nearest_parameter(model, site.path).device)
     _restore_base(model, state)
     exchange_owned(model, state, name)
     state.merged = name
@@ -251,18 +249,12 @@ def _put_back(model: nn.Module, state: State, name: str, found: Kept) -> None:
 # -- the fold -------------------------------------------------------------------------------------------------
 
 
-def _adapter_at(model: nn.Module, site: Site, name: str) -> Adapter:
-    adapter = hosting.hosted(model)[site.path][name]
-    assert isinstance(adapter, Adapter)
-    return adapter
-
-
 def _park(model: nn.Module, state: State) -> None:
     """Take every adapter and hook out of the module tree, keeping the adapters in the records."""
     drop_compiled()
     state.kept = {}
     for key, record in state.records.items():
-        record.parked = {site.path: _adapter_at(model, site, key) for site in record.sites}
+        record.parked = hosting.adapters_of(model, record.sites, key)
     hosting.unhost(model)
     hosting.unfreeze_statistics(model)
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from refold.errors import SiteError
 from refold.fold import NORMS, BatchNorm, kind_of
+from refold.residuals import Branch, residual_branches
 
 __all__ = ["Example", "Trace", "example_input", "forward", "preserved", "tensor_name", "trace"]
 
@@ -60,6 +61,9 @@ class Trace:
         norm: layer path -> path of the norm whose output the layer reads and nothing else does.
         source: layer path -> a number that layers called once have in common if they read the same tensor.
         uses: parameter name -> paths of the modules whose own forward reads its value.
+        branches: the residual branches, in the order of the forward.
+        shapes: module path -> shape of what it returned first, for the modules called once.
+        inputs: module path -> shape of what it was given first, for the modules called once.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -68,6 +72,9 @@ class Trace:
     norm: dict[str, str] = field(default_factory=dict)
     source: dict[str, int] = field(default_factory=dict)
     uses: dict[str, frozenset[str]] = field(default_factory=dict)
+    branches: list[Branch] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def example_input(model: nn.Module) -> Example:
@@ -253,6 +260,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
     result.uses = uses.by_name()
     consumers = _consumers(tensors_of(final))
     _find_neighbours(model, result, inputs, outputs, consumers)
+    _find_branches(model, result, inputs, outputs, [t.grad_fn for t in tensors_of(final) if t.grad_fn is not None])
     return result
 
 
@@ -337,3 +345,27 @@ def _find_neighbours(
                 result.batchnorm[path] = reader
             elif path in norms and kind_of(modules[reader]) is not None:
                 result.norm[reader] = path
+
+
+def _find_branches(
+    model: nn.Module,
+    result: Trace,
+    inputs: dict[str, list[Value]],
+    outputs: dict[str, list[Value]],
+    ends: list[Any],
+) -> None:
+    """Fill in the residual branches and the shapes that tell how their features are laid out."""
+    once = [path for path, calls in result.calls.items() if calls == 1]
+    result.inputs = {p: tuple(inputs[p][0].tensor.shape) for p in once if inputs[p]}
+    result.shapes = {p: tuple(outputs[p][0].tensor.shape) for p in once if outputs[p]}
+    leaves = frozenset(p for p, m in model.named_modules() if not any(True for _ in m.children()))
+    result.branches = residual_branches(ends, _by_producer(inputs), _by_producer(outputs), leaves)
+
+
+def _by_producer(values: dict[str, list[Value]]) -> dict[Any, list[str]]:
+    found: dict[Any, list[str]] = defaultdict(list)
+    for path, tensors in values.items():
+        for value in tensors:
+            if value.producer is not None and path not in found[value.producer]:
+                found[value.producer].append(path)
+    return found

@@ -9,7 +9,7 @@ from torch import nn
 
 from refold.fold import Operator
 
-__all__ = ["Layer", "Shift", "Site", "Skipped", "own_sites"]
+__all__ = ["Layer", "Route", "Shift", "Site", "Skipped", "own_sites"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,36 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class Route:
+    """What a side adapter needs of a forward besides its host's own call.
+
+    Attributes:
+        source: path of the module that reads the residual stream, "" where the adapter does not read it.
+        prefix: class, register and other tokens before those of the grid, in features of shape (B, N, C).
+        grid: path of the module whose output shows the grid of the tokens as two dimensions, "" if none does.
+        grid_first: whether that output has its channels before the grid.
+    """
+
+    source: str = ""
+    prefix: int = 0
+    grid: str = ""
+    grid_first: bool = True
+
+
+@dataclass(frozen=True)
 class Site:
     """One place for one adapter.
 
     Attributes:
-        path: module path of the host layer.
+        path: module path of the host, the layer or module whose call the adapter changes.
         slot: ``"input"`` (a channel map before the layer), ``"output"`` (one after it) or ``"weight"`` (a map of
-            its weight).
-        kind: name of the layer kind, a key of ``refold.fold.KINDS``.
+            its weight). Adapters that do not fold also take these, their result being added to the host's output:
+            ``"output"`` (they read that output), ``"parallel"`` (the host's input), ``"stream"`` (the residual
+            stream that enters the branch of which the host is the end), ``"normed"`` (the same after its norm),
+            ``"sum"`` (the stream plus the host's output: what leaves the branch), ``"before"`` (as ``"stream"``,
+            the result being added to what the branch reads as well), and ``"tokens"`` (tokens are put into the
+            host's input and taken out of its output).
+        kind: name of the layer kind, a key of ``refold.fold.KINDS``; "" where nothing folds.
         width: channels the adapter sees.
         out_width: channels the layer puts out.
         channel_dim: position of the channels in the activation, from the end.
@@ -53,6 +75,8 @@ class Site:
         owner: path of the module during whose forward the layer's stored weight is replaced by the folded one:
             the layer itself, or an ancestor that reads its weight; None where the adapter acts on activations.
         shares: path of the site whose adapter this one uses too; None where it has its own.
+        route: of a side adapter; None for one that folds.
+        tag: tells this site from others of the same method on the same host; "" for the first.
     """
 
     path: str
@@ -67,6 +91,17 @@ class Site:
     note: str = ""
     owner: str | None = None
     shares: str | None = None
+    route: Route | None = None
+    tag: str = ""
+
+    @property
+    def key(self) -> str:
+        """What names the site within its method: the host's path, and the tag if there is one."""
+        return self.entry(self.path)
+
+    def entry(self, name: str) -> str:
+        """Name of the adapter called ``name`` among those of the host."""
+        return f"{name}@{self.tag}" if self.tag else name
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from refold import hosting
-from refold.attachment import Prepared, build_adapters, head_paths, install, prepare, require_room
+from refold.attachment import head_paths, install
 from refold.errors import SiteError, StoreError
 from refold.fingerprint import body_tensors, compare, fingerprint
 from refold.header import FORMAT, Header, fetch, read_header
+from refold.preparation import Prepared, build_adapters, prepare, require_room
 from refold.sites import own_sites
 from refold.state import Record, State, get_tensor, require_state, set_tensor, state_of
 
@@ -111,11 +112,10 @@ def load(
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     install(model, prepared)
     record = require_state(model, "load").record(prepared.name)
-    slots = hosting.hosted(model)
+    adapters = hosting.adapters_of(model, record.sites, prepared.name)
     for site in own_sites(record.sites):
-        slots[site.path][prepared.name].load_state_dict(
-            {key: tensors[f"adapter/{site.path}/{key}"] for key in slots[site.path][prepared.name].state_dict()}
-        )
+        adapter = adapters[site.key]
+        adapter.load_state_dict({key: tensors[f"adapter/{site.key}/{key}"] for key in adapter.state_dict()})
     for key in record.owned:
         set_tensor(model, key, tensors[f"model/{key}"])
     record.info = _info(header)
@@ -156,11 +156,10 @@ def from_pretrained(source: str | Path, *, weights: str | Path | None = None, fo
 
 def adapter_tensors(model: nn.Module, state: State, record: Record, name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    slots = hosting.hosted(model)
+    adapters = record.parked or hosting.adapters_of(model, record.sites, name)
     for site in own_sites(record.sites):
-        adapter = record.parked.get(site.path) or slots[site.path][name]
-        for key, value in adapter.state_dict().items():
-            tensors[f"adapter/{site.path}/{key}"] = value
+        for key, value in adapters[site.key].state_dict().items():
+            tensors[f"adapter/{site.key}/{key}"] = value
     in_use = name in (state.active, state.merged)
     for key in record.owned:
         value = state.unfolded.get(key) if in_use else record.values.get(key, state.base.get(key))
@@ -182,7 +181,7 @@ def _header_json(model: nn.Module, state: State, record: Record, name: str) -> d
         "backbone": info.pop("backbone", "") or _timm_spec(model),
         "architecture": f"{type(model).__module__}.{type(model).__qualname__}",
         "fingerprint": fingerprint(_original_body(model, state, record.head)),
-        "sites": [[s.path, s.slot, str(s.shift or "")] for s in record.sites],
+        "sites": [[s.key, s.slot, str(s.shift or "")] for s in record.sites],
         "head": list(record.head),
         "allow_new_bias": any(s.shift is not None and s.shift.target == "new_bias" for s in record.sites),
         "classes": info.pop("classes", None),
@@ -247,15 +246,15 @@ def _require_backbone(model: nn.Module, header: Header, where: str, force: bool)
 
 def _require_shapes(model: nn.Module, prepared: Prepared, header: Header, file: Any, where: str) -> None:
     """Compare sites and shapes with adapters built on the meta device: nothing of a stranger's size is allocated."""
-    found = tuple((s.path, s.slot, str(s.shift or "")) for s in prepared.plan.sites)
+    found = tuple((s.key, s.slot, str(s.shift or "")) for s in prepared.plan.sites)
     if found != header.sites:
         odd = sorted(set(found) ^ set(header.sites)) or [("order",)]
         raise StoreError(f"its adapters have other sites in this backbone (first difference: {odd[0][0]})", where=where)
     expected: dict[str, tuple[int, ...]] = {}
     adapters = build_adapters(model, prepared, torch.device("meta"))
     for site in own_sites(prepared.plan.sites):
-        shapes = {key: tuple(t.shape) for key, t in adapters[site.path].state_dict().items()}
-        expected |= {f"adapter/{site.path}/{key}": shape for key, shape in shapes.items()}
+        shapes = {key: tuple(t.shape) for key, t in adapters[site.key].state_dict().items()}
+        expected |= {f"adapter/{site.key}/{key}": shape for key, shape in shapes.items()}
     for key in prepared.owned:
         tensor = get_tensor(model, key)
         expected[f"model/{key}"] = () if tensor is None else tuple(tensor.shape)

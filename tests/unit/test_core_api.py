@@ -14,20 +14,12 @@ import refold
 NAMES = {
     "METHODS",
     "BackboneError",
-    "BitFit",
     "DataError",
-    "DoRA",
-    "FullFineTune",
-    "LinearProbe",
-    "LoRA",
     "MergeError",
     "Method",
     "MissingExtraError",
-    "OFT",
     "Preprocessing",
     "RefoldError",
-    "RepAdapter",
-    "SSF",
     "SiteError",
     "StoreError",
     "__version__",
@@ -81,7 +73,9 @@ METHODS = {
     "LoRA": {"rank": 8, "scale": 1.0, "dropout": 0.0, "sites": None, "rows": None, "overrides": ()},
     "DoRA": {"rank": 8, "scale": 1.0, "dropout": 0.0, "sites": None, "rows": None, "overrides": ()},
     "OFT": {"block": 32, "sites": None},
+    "FacT": {"rank": 16, "form": "tk", "scale": 1.0, "dropout": 0.1, "sites": None},
     "SSF": {"sites": None},
+    "AdaptFormer": {"hidden": 8, "scale": 0.1, "dropout": 0.1, "activation": "relu", "sites": None},
     "BitFit": {},
     "LinearProbe": {},
     "FullFineTune": {},
@@ -89,7 +83,7 @@ METHODS = {
 
 
 def test_the_names_are_these():
-    assert set(refold.__all__) == NAMES
+    assert set(refold.__all__) == NAMES | METHODS.keys()
     assert all(hasattr(refold, name) for name in NAMES)
 
 
@@ -122,7 +116,7 @@ def test_methods_print_what_differs_from_the_default():
 
 
 def test_every_public_name_says_what_it_is():
-    undocumented = [n for n in NAMES - {"METHODS", "__version__"} if not inspect.getdoc(getattr(refold, n))]
+    undocumented = [n for n in (NAMES | METHODS.keys()) - {"METHODS", "__version__"} if not inspect.getdoc(getattr(refold, n))]
     assert not undocumented
 
 

@@ -69,7 +69,7 @@ def test_every_adapter_is_the_weighted_sum(kind, family):
     assert slots
     for path, slot in slots.items():
         if kind == "LoRA":
-            weight = torch.zeros(slot.sites["sum"].weight_shape, dtype=torch.float64)
+            weight = torch.zeros(slot.sites["sum"][0].weight_shape, dtype=torch.float64)
             expected = sum(w * lora_change(slot[n], weight) for n, w in WEIGHTS.items())
             found = slot["sum"].reparameterize(weight, None)[0]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-13, msg=path)

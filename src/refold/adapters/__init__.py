@@ -7,15 +7,19 @@ from refold.adapters.decomposed import Decomposed
 from refold.adapters.lowrank import LowRank
 from refold.adapters.orthogonal import BlockRotation
 from refold.adapters.rows import RowBlocks
+from refold.adapters.side import Layout, SideAdapter, TokenAdapter
 
 __all__ = [
     "Adapter",
     "BlockRotation",
     "ChannelAdapter",
     "Decomposed",
+    "Layout",
     "LinearBottleneck",
     "LowRank",
     "RowBlocks",
     "ScaleShift",
+    "SideAdapter",
+    "TokenAdapter",
     "WeightAdapter",
 ]

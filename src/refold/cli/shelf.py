@@ -37,5 +37,5 @@ def methods() -> None:
     for name, method in METHODS.items():
         values = {key: value for key, value in method().to_json().items() if key != "name"}
         text = ", ".join(f"{key}={value}" for key, value in values.items())
-        table.add_row(name, method.summary, "yes" if method.mergeable else "no", method.paper, text or "-")
+        table.add_row(name, method.summary, method.folds, method.paper, text or "-")
     console.print(table)

@@ -1,42 +1,18 @@
-"""Methods, one file per paper. A new one is one file and one line in ``METHODS``."""
+"""Methods, one file per paper. A new one is one file and one line in ``shelf.py``."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from refold.errors import SiteError
+from refold.methods import shelf
 from refold.methods.base import Method, Plan
-from refold.methods.dora import DoRA
-from refold.methods.inplace import BitFit, FullFineTune, LinearProbe
-from refold.methods.lora import LoRA
-from refold.methods.oft import OFT
-from refold.methods.repadapter import RepAdapter
-from refold.methods.ssf import SSF
 
-__all__ = [
-    "METHODS",
-    "OFT",
-    "SSF",
-    "BitFit",
-    "DoRA",
-    "FullFineTune",
-    "LinearProbe",
-    "LoRA",
-    "Method",
-    "Plan",
-    "RepAdapter",
-    "method_from_json",
-]
+__all__ = ["METHODS", "Method", "Plan", "method_from_json"]
 
+#: Class name -> method, in the order of ``shelf.py``.
 METHODS: dict[str, type[Method]] = {
-    "RepAdapter": RepAdapter,
-    "LoRA": LoRA,
-    "DoRA": DoRA,
-    "OFT": OFT,
-    "SSF": SSF,
-    "BitFit": BitFit,
-    "LinearProbe": LinearProbe,
-    "FullFineTune": FullFineTune,
+    name: value for name, value in vars(shelf).items() if isinstance(value, type) and issubclass(value, Method)
 }
 
 

@@ -43,8 +43,13 @@ class Method(ABC):
     #: One line for tables, and where the method comes from.
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    #: Whether a trained adapter folds into the backbone's own weights.
-    mergeable: ClassVar[bool] = True
+    #: What of it folds into the backbone's own weights, in a word or two.
+    folds: ClassVar[str] = "yes"
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether a trained adapter folds into the backbone's own weights."""
+        return self.folds == "yes"
 
     @abstractmethod
     def plan(self, survey: Survey) -> Plan:

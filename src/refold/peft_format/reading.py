@@ -15,14 +15,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from refold import hosting
-from refold.attachment import Prepared, build_adapters, install, prepare, require_room
+from refold.attachment import install
 from refold.errors import SiteError, StoreError
 from refold.fold import kind_of
 from refold.header import safetensors_metadata
 from refold.maps import to_float64
-from refold.methods import DoRA, LoRA
+from refold.methods.shelf import DoRA, LoRA
 from refold.peft_format.config import CONFIG, PREFIX, WEIGHTS, Config, read_config
 from refold.peft_format.layers import difference
+from refold.preparation import Prepared, build_adapters, prepare, require_room
 from refold.probe import tensor_name
 from refold.state import require_state, set_tensor, state_of
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from refold import hosting
 from refold.errors import StoreError
 from refold.maps import to_float64
-from refold.methods import DoRA, LoRA
+from refold.methods.shelf import DoRA, LoRA
 from refold.peft_format.config import CONFIG, PREFIX, WEIGHTS
 from refold.peft_format.layers import difference
 from refold.probe import tensor_name

@@ -1,0 +1,67 @@
+"""AdaptFormer: "Adapting Vision Transformers for Scalable Visual Recognition" (arXiv 2205.13535).
+
+    out = x + MLP(LN(x)) + s U drop(ReLU(D x + a)) + s b
+
+beside the MLP, reading the residual stream before its norm. D Kaiming-uniform, the rest zero: the identity at the
+start. 156,768 on ViT-B/16 with hidden=8, 1,189,632 with the paper's 64. It does not fold: it has an activation.
+
+Deviations from the released code, on purpose: the sum is made where the branch meets the stream, so a block's layer
+scale does not shrink it. Layouts: channels last and channels first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from refold.adapters.nonlinear import ACTIVATIONS, Bottleneck
+from refold.methods.base import Method, Plan, are_sites, is_count, is_number, require
+from refold.places import branch_site, branches
+from refold.sites import Site
+from refold.survey import Survey
+
+__all__ = ["AdaptFormer"]
+
+
+@dataclass(frozen=True)
+class AdaptFormer(Method):
+    """Bottleneck with an activation beside the MLP, on the residual stream before its norm.
+
+    Args:
+        hidden: inner width h; the paper's default is 64, its comparisons on VTAB use 8.
+        scale: s.
+        dropout: before the up projection, in training only.
+        activation: between the projections.
+        sites: roles (``"mlp"``, ``"attention"``) or paths of residual branches; None is every MLP.
+
+    Raises:
+        SiteError: a hyper-parameter is out of range.
+    """
+
+    hidden: int = 8
+    scale: float = 0.1
+    dropout: float = 0.1
+    activation: str = "relu"
+    sites: tuple[str, ...] | str | None = None
+
+    summary: ClassVar[str] = "bottleneck with an activation beside the MLP"
+    paper: ClassVar[str] = "arXiv 2205.13535"
+    folds: ClassVar[str] = "no"
+
+    def __post_init__(self) -> None:
+        require(self, "hidden", is_count(self.hidden), "a positive integer")
+        require(self, "scale", is_number(self.scale, -1e6, 1e6) and self.scale != 0, "a number other than 0")
+        require(self, "dropout", is_number(self.dropout, 0.0, 0.999), "in [0, 1)")
+        require(self, "activation", self.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
+        require(self, "sites", are_sites(self.sites), "None, a role or path, or a tuple of them")
+
+    def plan(self, survey: Survey) -> Plan:
+        found, skipped = branches(survey, self.sites, ("mlp",))
+        return Plan(tuple(branch_site(survey, branch, "stream") for branch in found), tuple(skipped))
+
+    def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> Bottleneck:
+        return Bottleneck(
+            site.width, self.hidden, self.scale, self.dropout, self.activation, device=device, dtype=dtype
+        )

@@ -1,0 +1,245 @@
+"""Places for adapters that do not fold: residual branches, blocks and stages of a backbone.
+
+All of them come from what one forward showed, see :mod:`refold.residuals`; names only tell the attention's branch from
+the MLP's, with the same tables as for layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from refold.errors import SiteError
+from refold.fold import KINDS, kind_of
+from refold.residuals import Branch
+from refold.roles import ROLES
+from refold.sites import Layer, Route, Site, Skipped
+from refold.survey import Survey
+
+__all__ = ["block_site", "blocks", "branch_site", "branches", "projection", "stages"]
+
+#: Containers whose forward calls every child: an adapter among the children would be called as well.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+# -- choosing ---------------------------------------------------------------------------------------------------
+
+
+def branches(
+    survey: Survey, sites: str | Iterable[str] | None, default: tuple[str, ...]
+) -> tuple[list[Branch], list[Skipped]]:
+    """The residual branches that ``sites`` names, in the order of the forward, and those left out with reasons.
+
+    Args:
+        sites: roles, or paths (``*`` allowed) of a branch's layers or of a module around them; None for ``default``.
+        default: the roles the method's paper names. If one of them has no branch in this backbone, every branch
+            with a layer that mixes channels is taken instead.
+
+    Raises:
+        SiteError: a name matches no branch, or the backbone has none.
+    """
+    if sites is None:
+        picked = [_with_role(survey, role) for role in default]
+        roles = [b for group in picked for b in group]
+        found = roles if all(picked) else [b for b in _all(survey) if projection(survey, b) is not None]
+    else:
+        names = (sites,) if isinstance(sites, str) else tuple(sites)
+        found = [branch for name in names for branch in _named(survey, name)]
+    usable = [branch for branch in found if branch.exit]
+    skipped = [Skipped(b.inside[-1], "no module gives the result of this residual branch") for b in found if not b.exit]
+    if not usable:
+        raise SiteError(
+            skipped[0].reason if skipped else "the forward has no residual branches",
+            where=type(survey.model).__name__,
+            remedy="Choose a method that adapts layers, such as RepAdapter",
+        )
+    order = {id(branch.inside): number for number, branch in enumerate(_all(survey))}
+    unique = {branch.inside: branch for branch in reversed(usable)}  # the first role of a branch with two
+    return sorted(unique.values(), key=lambda b: order[id(b.inside)]), skipped
+
+
+def _all(survey: Survey) -> list[Branch]:
+    heads = survey.head
+    return [
+        b
+        for b in survey.trace.branches
+        if not any(p == h or p.startswith(f"{h}.") for p in (b.exit, b.inside[-1]) for h in heads)
+    ]
+
+
+def _with_role(survey: Survey, role: str) -> list[Branch]:
+    """The innermost branch around each layer of the role."""
+    try:
+        layers, _ = survey.resolve(role, (), moved=True)
+    except SiteError:
+        return []
+    found: dict[tuple[str, ...], Branch] = {}
+    for layer in layers:
+        around = [b for b in _all(survey) if layer.path in b.inside or (layer.owner or layer.path) in b.inside]
+        if around:
+            inner = min(around, key=lambda b: len(b.inside))
+            found.setdefault(inner.inside, replace(inner, role=role))
+    return list(found.values())
+
+
+def _named(survey: Survey, name: str) -> list[Branch]:
+    if name in ROLES:
+        found = _with_role(survey, name)
+        remedy = "Name paths in sites=, or leave it out"
+    else:
+        found = [b for b in _all(survey) if any(_covers(name, path) for path in b.inside)]
+        remedy = f"Branches end at {', '.join(b.exit for b in _all(survey)[:3])} ..."
+    if not found:
+        raise SiteError("no residual branch has this role or path", where=name, remedy=remedy)
+    return found
+
+
+def _covers(name: str, path: str) -> bool:
+    """Whether a pattern names ``path`` or a module around it."""
+    parts = path.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), name) for end in range(len(parts), 0, -1))
+
+
+def projection(survey: Survey, branch: Branch) -> Layer | None:
+    """The last layer of a branch that mixes channels: the one that writes to the stream. None if it has none."""
+    layers = [
+        layer
+        for layer in survey.layers.values()
+        if layer.operator.folds_input and layer.operator.groups == 1 and _used_in(layer, branch)
+    ]
+    order = {path: number for number, path in enumerate(branch.inside)}
+    return max(layers, key=lambda la: order.get(la.path, order.get(la.owner or "", -1)), default=None)
+
+
+def _used_in(layer: Layer, branch: Branch) -> bool:
+    return layer.path in branch.inside or (layer.owner is not None and layer.owner in branch.inside)
+
+
+def blocks(survey: Survey) -> list[str]:
+    """Paths of the backbone's blocks in the order of the forward: the smallest modules around whole residual branches.
+
+    Raises:
+        SiteError: the backbone has none.
+    """
+    around = dict.fromkeys(_common(b.source if b.entry else b.exit, b.exit) for b in _all(survey) if b.exit)
+    modules, called = survey.modules, survey.trace.order
+    found = [path for path in around if path and path in called and not isinstance(modules[path], _CONTAINERS)]
+    inner = [p for p in found if not any(o.startswith(f"{p}.") for o in found)]
+    if not inner:
+        raise SiteError("the forward has no residual blocks", where=type(survey.model).__name__)
+    return sorted(inner, key=survey.trace.order.__getitem__)
+
+
+def _common(a: str, b: str) -> str:
+    """The module around both paths; for one path twice, the module around it."""
+    left, right = a.split(".")[:-1], b.split(".")[:-1]
+    shared = [x for x, y in zip(left, right, strict=False) if x == y]
+    return ".".join(shared)
+
+
+def stages(survey: Survey, count: int = 4) -> list[str]:
+    """Paths of the blocks that end a stage: the last before the features' shape changes.
+
+    A backbone of one shape throughout (a plain ViT) is cut into ``count`` equal parts.
+    """
+    paths = blocks(survey)
+    shapes = [survey.trace.shapes.get(path) for path in paths]
+    ends = [p for p, here, following in zip(paths, shapes, [*shapes[1:], None], strict=True) if here != following]
+    if len(ends) > 1 or len(paths) <= count:
+        return ends if len(ends) > 1 else paths
+    return [paths[round((i + 1) * len(paths) / count) - 1] for i in range(count)]
+
+
+# -- making sites -----------------------------------------------------------------------------------------------
+
+
+def branch_site(survey: Survey, branch: Branch, slot: str) -> Site:
+    """A site at the end of a residual branch; ``slot`` says what the adapter reads, see :class:`Site`.
+
+    Raises:
+        SiteError: no module reads the stream, or its layout is not known.
+    """
+    reads = slot in ("stream", "sum", "before", "normed")
+    if (reads and not branch.source) or (slot == "before" and not branch.entry):
+        raise SiteError("no module reads the residual stream here", where=branch.exit, remedy="Choose other sites")
+    if slot == "normed" and not _keeps_shape(survey, branch.entry):
+        slot = "stream"  # a branch without a norm in front reads the stream itself
+    shape = survey.trace.shapes.get(branch.exit)
+    last = projection(survey, branch)
+    width = 0 if last is None else last.operator.out_width
+    if last is not None and KINDS[last.kind].name == "attention":
+        width = last.operator.in_width
+    if shape is None:
+        raise SiteError("it is called more than once in a forward", where=branch.exit, remedy="Choose other sites")
+    return _site(survey, branch.exit, slot, shape, width, branch.source if reads else "", branch.role)
+
+
+def _keeps_shape(survey: Survey, path: str) -> bool:
+    """Whether the branch starts with a norm: a layer that changes no shape and multiplies no channels."""
+    trace, layer = survey.trace, survey.layers.get(path)
+    linear = layer is not None and layer.operator.folds_input
+    return bool(path) and not linear and path in trace.shapes and trace.shapes[path] == trace.inputs.get(path)
+
+
+def block_site(survey: Survey, path: str, slot: str) -> Site:
+    """A site on a whole module: what it returns (``"output"``), what it is given as well (``"parallel"``), or tokens.
+
+    Raises:
+        SiteError: the module is a container of others, is called more than once, or its layout is not known.
+    """
+    module, shape = survey.modules[path], survey.trace.shapes.get(path)
+    if isinstance(module, _CONTAINERS):
+        raise SiteError("a container would call an adapter among its children", where=path, remedy="Name one of them")
+    if shape is None:
+        raise SiteError("it is not called exactly once in a forward", where=path, remedy="Choose other sites")
+    inside = [la for p, la in survey.layers.items() if p == path or p.startswith(f"{path}.")]
+    widths = {la.operator.out_width for la in inside} | {la.operator.in_width for la in inside}
+    fitting = [w for w in (shape[-1], *shape[-3:-2], *shape[1:2]) if w in widths]
+    return _site(survey, path, slot, shape, fitting[0] if fitting else 0, "", "")
+
+
+def _site(survey: Survey, path: str, slot: str, shape: tuple[int, ...], width: int, source: str, role: str) -> Site:
+    kind = kind_of(survey.modules[path])
+    dims = [-1] if len(shape) == 3 else [1 - len(shape), -1]
+    operator = None if kind is None or not kind.returns_product else kind.operator(survey.modules[path])
+    if operator is not None:
+        dims = [operator.channel_dim]
+    found = [dim for dim in dims if len(shape) >= -dim and shape[dim] == (width or shape[-1])]
+    if len(shape) < 3 or not found:
+        raise SiteError(f"features of shape {shape} have no known channels", where=path, remedy="Choose other sites")
+    # Where height or width happens to equal the channels, what the branch's own layers see decides.
+    dim = found[0] if len(found) == 1 else _layer_dim(survey, path, found)
+    prefix, grid, first = _grid(survey, path, shape, dim)
+    route = Route(source, prefix, grid, first)
+    name = "" if kind is None else kind.name
+    return Site(path, slot, name, shape[dim], shape[dim], dim, (), role=role, route=route)
+
+
+def _layer_dim(survey: Survey, path: str, dims: list[int]) -> int:
+    """Of several positions the channels could have, that of the nearest layers, the norms among them."""
+    parent = path.rpartition(".")[0]
+    near = [la for p, la in survey.layers.items() if p.startswith(f"{parent}.")] if parent else []
+    votes = [dims[0] if la.operator.channel_dim not in (-1,) else -1 for la in near]
+    return max(dims, key=votes.count)
+
+
+def _grid(survey: Survey, path: str, shape: tuple[int, ...], dim: int) -> tuple[int, str, bool]:
+    """Prefix tokens, and the module in whose output the grid of tokens (B, N, C) is seen, channels first or last.
+
+    It is the one with the same channels whose grid comes closest to N, called before the host.
+    """
+    if len(shape) != 3 or dim != -1:
+        return 0, "", True
+    best: tuple[int, int, str, bool] = (0, 0, "", True)
+    order = survey.trace.order
+    for other, found in survey.trace.shapes.items():
+        if len(found) != 4 or order[other] > order[path]:
+            continue
+        for first in (True, False):
+            channels, rows, columns = (found[1], found[2], found[3]) if first else (found[3], found[1], found[2])
+            if channels == shape[-1] and rows * columns <= shape[1]:
+                best = max(best, (rows * columns, order[other], other, first))
+    return (shape[1] - best[0] if best[2] else 0), best[2], best[3]
