@@ -34,7 +34,7 @@ from refold.errors import (
 from refold.hub import push_to_hub
 from refold.inspection import describe, explain
 from refold.merging import merge, switch, unmerge
-from refold.methods import METHODS, Method
+from refold.methods import METHODS, Compose, Method
 from refold.methods.shelf import *  # noqa: F403 (every method by its name)
 from refold.peft_format import load_peft, save_peft
 from refold.preprocessing import Preprocessing
@@ -48,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "BackboneError",
+    "Compose",
     "DataError",
     "MergeError",
     "Method",

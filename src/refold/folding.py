@@ -30,6 +30,8 @@ def fold_all(model: nn.Module, record: Record, adapters: dict[str, Adapter]) -> 
             folds[name] = to_float64(tensor)
         return folds[name]
 
+    constants: dict[str, Tensor] = {}  # BatchNorm -> what comes before it besides the layer's own output
+    before: list[tuple[str, Tensor]] = []  # norm -> a shift behind it, once the norm itself is folded
     for site in record.sites:
         layer = model.get_submodule(site.path)
         op = KINDS[site.kind].operator(layer)
@@ -49,14 +51,22 @@ def fold_all(model: nn.Module, record: Record, adapters: dict[str, Adapter]) -> 
         if shift is None:
             continue
         if site.shift.target == "batchnorm":
-            mean = current(f"{site.shift.path}.running_mean")
-            assert mean is not None
-            moved = shift if site.slot == "output" else input_shift(op, weight, shift)
-            folds[f"{site.shift.path}.running_mean"] = mean - moved
+            constant = constants.get(site.shift.path)
+            if site.slot == "output":
+                moved = shift if constant is None else channel_map.after(constant, op.groups) + shift
+            else:
+                moved = input_shift(op, weight, shift)
+            constants[site.shift.path] = moved
         elif site.shift.target == "norm":
-            norm_bias = current(f"{site.shift.path}.bias")
-            assert norm_bias is not None
-            folds[f"{site.shift.path}.bias"] = norm_bias + _solve(channel_map, shift, site)
+            before.append((f"{site.shift.path}.bias", _solve(channel_map, shift, site)))
+    for path, constant in constants.items():
+        mean = current(f"{path}.running_mean")
+        assert mean is not None
+        folds[f"{path}.running_mean"] = mean - constant
+    for name, shift in before:
+        norm_bias = current(name)
+        assert norm_bias is not None
+        folds[name] = norm_bias + shift
     for name, value in folds.items():
         tensor = get_tensor(model, name)
         limit = torch.finfo(tensor.dtype if tensor is not None else torch.float32).max

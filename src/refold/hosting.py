@@ -133,8 +133,6 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         None  # the adapted one, where a weight map acts here as well
     )
     for adapter, site in slot.current():
-        if site.owner is not None:
-            continue
         wire = slot.wire(site)
         if wire is not None:
             output = sides.leave(wire, args, kwargs, output)
@@ -142,12 +140,15 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         kind = KINDS[site.kind]
         op = kind.operator(layer)
         if isinstance(adapter, WeightAdapter):
-            x = args[0] if args else kwargs["input"]
             frozen, bias = layer._parameters[op.weight], layer._parameters.get(op.bias)
-            assert kind.run is not None
             assert frozen is not None
-            output = output + adapter.branch(x, partial(kind.run, layer), output, frozen, bias)
             weight = partial(fold_weight, op, frozen, bias, adapter.reparameterize)
+            if site.owner is None:
+                x = args[0] if args else kwargs["input"]
+                assert kind.run is not None
+                output = output + adapter.branch(x, partial(kind.run, layer), output, frozen, bias)
+            continue
+        if site.owner is not None:
             continue
         assert isinstance(adapter, ChannelAdapter)
         if site.slot == "output":

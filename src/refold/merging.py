@@ -21,6 +21,7 @@ from refold.folding import fold_all
 from refold.maps import to_float64
 from refold.state import (
     Kept,
+    Record,
     State,
     drop_compiled,
     get_tensor,
@@ -82,10 +83,7 @@ def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True, dequa
     name = state.active
     assert name is not None
     if not record.method.mergeable:
-        raise MergeError(
-            f"{type(record.method).__name__} does not fold into a backbone's weights",
-            remedy="Ship it unmerged",
-        )
+        raise MergeError(f"{_unfoldable(record)} does not fold into a backbone's weights", remedy="Ship it unmerged")
     names = quantized.quantized_weights(model, [record])
     if names and dequantize:
         # All that some attached adapter would fold into, because switching to it then needs no further permission.
@@ -189,7 +187,7 @@ def switch(model: nn.Module, name: str, *, keep: int = 4) -> None:
         activate(model, name)
         return
     if not record.method.mergeable:
-        raise MergeError(f"{type(record.method).__name__} does not fold into a backbone's weights", where=name)
+        raise MergeError(f"{_unfoldable(record)} does not fold into a backbone's weights", where=name)
     names = quantized.quantized_weights(model, [record])
     if names:
         raise MergeError(
@@ -244,6 +242,10 @@ def _put_back(model: nn.Module, state: State, name: str, found: Kept) -> None:
     state.merged, state.source = name, found.source
     state.unfolded, state.folded = dict(found.unfolded), dict(found.folded)
     _freeze(model, found.values)
+
+
+def _unfoldable(record: Record) -> str:
+    return ", ".join(method.describe() for method in record.method.parts() if not method.mergeable)
 
 
 # -- the fold -------------------------------------------------------------------------------------------------

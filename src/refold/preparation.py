@@ -76,7 +76,8 @@ def build_adapters(model: nn.Module, prepared: Prepared, device: torch.device | 
         floating = weight.dtype if weight.is_floating_point() else torch.float32
         dtype = torch.promote_types(floating, torch.float32)
         adapters[site.key] = prepared.method.build(site, device or weight.device, dtype)
-    prepared.method.link(adapters)
+    for part, method in enumerate(prepared.method.parts()):
+        method.link({site.of_part(0).key: adapters[site.key] for site in prepared.plan.sites if site.part == part})
     return adapters
 
 

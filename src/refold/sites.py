@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -77,6 +77,7 @@ class Site:
         shares: path of the site whose adapter this one uses too; None where it has its own.
         route: of a side adapter; None for one that folds.
         tag: tells this site from others of the same method on the same host; "" for the first.
+        part: which of the methods of a composition it belongs to.
     """
 
     path: str
@@ -93,15 +94,25 @@ class Site:
     shares: str | None = None
     route: Route | None = None
     tag: str = ""
+    part: int = 0
 
     @property
     def key(self) -> str:
-        """What names the site within its method: the host's path, and the tag if there is one."""
+        """What names the site: the host's path, and what tells it from others there."""
         return self.entry(self.path)
 
     def entry(self, name: str) -> str:
         """Name of the adapter called ``name`` among those of the host."""
-        return f"{name}@{self.tag}" if self.tag else name
+        return _at(name, self.tag, self.part)
+
+    def of_part(self, part: int) -> Site:
+        """The same site as one of another part of a composition."""
+        shares = None if self.shares is None else _at(self.shares.partition("@")[0], self.tag, part)
+        return replace(self, part=part, shares=shares)
+
+
+def _at(name: str, tag: str, part: int) -> str:
+    return "@".join((name, *filter(None, (tag, str(part) if part else ""))))
 
 
 @dataclass(frozen=True)

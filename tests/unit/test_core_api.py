@@ -14,6 +14,7 @@ import refold
 NAMES = {
     "METHODS",
     "BackboneError",
+    "Compose",
     "DataError",
     "MergeError",
     "Method",
@@ -77,6 +78,8 @@ METHODS = {
     "SSF": {"sites": None},
     "AdaptFormer": {"hidden": 8, "scale": 0.1, "dropout": 0.1, "activation": "relu", "sites": None},
     "BitFit": {},
+    "LayerNormTune": {},
+    "Partial": {"blocks": 1},
     "LinearProbe": {},
     "FullFineTune": {},
 }

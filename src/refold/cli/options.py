@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from refold.errors import SiteError
-from refold.methods import METHODS, Method
+from refold.methods import METHODS, Compose, Method
 
 __all__ = ["Adapter", "Force", "Weights", "parse_method"]
 
@@ -28,7 +28,7 @@ Force = Annotated[
 
 
 def parse_method(text: str) -> Method:
-    """``"RepAdapter"`` or ``"RepAdapter(rank=8, scale=5)"`` as a method; the class name in any case.
+    """``"RepAdapter"``, ``"RepAdapter(rank=8, scale=5)"`` or ``"VPT + LoRA"`` as a method; class names in any case.
 
     Raises:
         SiteError: an unknown name, a misspelt or invalid hyper-parameter, or text that is no call.
@@ -37,6 +37,8 @@ def parse_method(text: str) -> Method:
         call = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as problem:
         raise _unreadable(text) from problem
+    if isinstance(call, ast.BinOp) and isinstance(call.op, ast.Add):
+        return Compose([parse_method(ast.unparse(side)) for side in (call.left, call.right)])
     if isinstance(call, ast.Name):
         call = ast.Call(func=call, args=[], keywords=[])
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:

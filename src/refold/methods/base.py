@@ -60,11 +60,15 @@ class Method(ABC):
         raise SiteError(f"{type(self).__name__} builds no adapters", where=site.path)
 
     def link(self, adapters: Mapping[str, Adapter]) -> None:  # noqa: B027 (most methods share nothing)
-        """Tie fresh adapters (by site) to one another, where a method's parameters serve several sites.
+        """Tie fresh adapters (by :attr:`Site.key`) to one another, where a method's parameters serve several sites.
 
         What is shared is a child of one adapter; the others refer to it outside their modules (see
         :meth:`refold.adapters.Adapter.refer`), so that it is counted, trained and saved once.
         """
+
+    def parts(self) -> tuple[Method, ...]:
+        """The methods it is made of: itself alone, but for a composition."""
+        return (self,)
 
     def to_json(self) -> dict[str, Any]:
         """``{"name": class name, hyper-parameter: value, ...}``."""
