@@ -19,7 +19,7 @@ from refold.roles import ROLES
 from refold.sites import Layer, Route, Site, Skipped
 from refold.survey import Survey
 
-__all__ = ["block_site", "blocks", "branch_site", "branches", "projection", "stages"]
+__all__ = ["block_site", "blocks", "branch_site", "branches", "on_grid", "projection", "stages"]
 
 #: Containers whose forward calls every child: an adapter among the children would be called as well.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -121,6 +121,8 @@ def _used_in(layer: Layer, branch: Branch) -> bool:
 def blocks(survey: Survey) -> list[str]:
     """Paths of the backbone's blocks in the order of the forward: the smallest modules around whole residual branches.
 
+    Modules of the same classes without one (their shortcut is a projection, or left out) are blocks too.
+
     Raises:
         SiteError: the backbone has none.
     """
@@ -130,7 +132,10 @@ def blocks(survey: Survey) -> list[str]:
     inner = [p for p in found if not any(o.startswith(f"{p}.") for o in found)]
     if not inner:
         raise SiteError("the forward has no residual blocks", where=type(survey.model).__name__)
-    return sorted(inner, key=survey.trace.order.__getitem__)
+    kinds = {type(modules[path]) for path in inner}
+    alike = [path for path in called if path and type(modules[path]) in kinds]
+    apart = [p for p in alike if not any(p.startswith(f"{o}.") or o.startswith(f"{p}.") for o in inner)]
+    return sorted({*inner, *apart}, key=called.__getitem__)
 
 
 def _common(a: str, b: str) -> str:
@@ -199,6 +204,24 @@ def block_site(survey: Survey, path: str, slot: str) -> Site:
     widths = {la.operator.out_width for la in inside} | {la.operator.in_width for la in inside}
     fitting = [w for w in (shape[-1], *shape[-3:-2], *shape[1:2]) if w in widths]
     return _site(survey, path, slot, shape, fitting[0] if fitting else 0, "", "")
+
+
+def on_grid(survey: Survey, sites: Iterable[Site]) -> tuple[list[Site], list[Skipped]]:
+    """The sites whose features lie on a known grid of positions, and those left out because theirs do not.
+
+    Raises:
+        SiteError: none does.
+    """
+    found, skipped = [], []
+    for site in sites:
+        flat = len(survey.trace.shapes.get(site.path, ())) == 3 and not (site.route and site.route.grid)
+        if flat:
+            skipped.append(Skipped(site.path, "nothing shows how its tokens lie on a grid"))
+        else:
+            found.append(site)
+    if not found and skipped:
+        raise SiteError(skipped[0].reason, where=skipped[0].path, remedy="Choose a method that needs no grid")
+    return found, skipped
 
 
 def _site(survey: Survey, path: str, slot: str, shape: tuple[int, ...], width: int, source: str, role: str) -> Site:

@@ -260,7 +260,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
     result.uses = uses.by_name()
     consumers = _consumers(tensors_of(final))
     _find_neighbours(model, result, inputs, outputs, consumers)
-    _find_branches(model, result, inputs, outputs, [t.grad_fn for t in tensors_of(final) if t.grad_fn is not None])
+    _find_branches(result, inputs, outputs, [t.grad_fn for t in tensors_of(final) if t.grad_fn is not None])
     return result
 
 
@@ -348,7 +348,6 @@ def _find_neighbours(
 
 
 def _find_branches(
-    model: nn.Module,
     result: Trace,
     inputs: dict[str, list[Value]],
     outputs: dict[str, list[Value]],
@@ -358,8 +357,15 @@ def _find_branches(
     once = [path for path, calls in result.calls.items() if calls == 1]
     result.inputs = {p: tuple(inputs[p][0].tensor.shape) for p in once if inputs[p]}
     result.shapes = {p: tuple(outputs[p][0].tensor.shape) for p in once if outputs[p]}
-    leaves = frozenset(p for p, m in model.named_modules() if not any(True for _ in m.children()))
+    around = {parent for p in result.calls if p for parent in _parents(p)}
+    leaves = frozenset(p for p in once if p not in around)  # no child ran: an adapter on it is none, either
     result.branches = residual_branches(ends, _by_producer(inputs), _by_producer(outputs), leaves)
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _by_producer(values: dict[str, list[Value]]) -> dict[Any, list[str]]:

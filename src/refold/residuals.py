@@ -46,7 +46,7 @@ def residual_branches(
         outputs: autograd nodes of what the model returned.
         reads: node -> paths of the modules that were given its result, in the order of their calls.
         makes: node -> paths of the modules that returned its result, in the order of their returns.
-        leaves: paths of the modules without children, preferred as entry and exit.
+        leaves: paths of the modules called once in which no other ran, preferred as entry and exit.
     """
     order = _topological(outputs)
     position = {node: index for index, node in enumerate(order)}
@@ -59,11 +59,11 @@ def residual_branches(
             continue
         near, far = sorted(operands, key=position.__getitem__)
         # x + a(x) + b(x) is two sums: the second one's first operand is no input of b, the stream before it is.
-        for stream in (near, streams.get(near)):
-            between = None if stream is None else _between(stream, far, position)
+        for stream, end in ((near, far), (streams.get(near), far), (streams.get(far), near)):
+            between = None if stream is None else _between(stream, end, position)
             if between:
                 streams[node] = stream
-                branches.append(_branch(stream, far, between, reads, makes, leaves, returned))
+                branches.append(_branch(stream, end, between, reads, makes, leaves, returned))
                 break
     return [branch for branch in branches if branch.inside]
 
@@ -117,7 +117,9 @@ def _branch(
     inside = sorted({path for node in between for path in makes.get(node, ())}, key=returned.__getitem__)
     readers = list(reads.get(stream, ()))
     entry = _preferred([path for path in readers if path in inside], leaves)
-    return Branch(entry or _preferred(readers, leaves), entry, _preferred(makes.get(end, ()), leaves), tuple(inside))
+    # The last: what acts in training alone, dropout and stochastic depth, is inside the branch.
+    last = _preferred(makes.get(end, ())[::-1], leaves)
+    return Branch(entry or _preferred(readers, leaves), entry, last, tuple(inside))
 
 
 def _preferred(paths: Sequence[str], leaves: frozenset[str]) -> str:

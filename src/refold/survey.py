@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from refold.adapters import Adapter
 from refold.errors import SiteError
 from refold.fold import KINDS, NORMS, kind_of, refusal, replaces_weight
 from refold.maps import is_quantized
@@ -19,7 +20,7 @@ from refold.roles import MOVED, ONE_INPUT, ROLES
 from refold.sharing import shared_parameters
 from refold.sites import Layer, Shift, Site, Skipped
 
-__all__ = ["Survey", "head_paths"]
+__all__ = ["Survey", "head_paths", "matches"]
 
 #: Names under which backbones keep their classifier when they do not say so themselves.
 _HEAD_NAMES = ("head", "heads", "classifier", "fc")
@@ -44,7 +45,8 @@ class Survey:
         self.model, self.head, self.allow_new_bias = model, tuple(head), allow_new_bias
         self.example = example_input(model) if example is None else Example.of(example)
         self.trace: Trace = trace(model, self.example)
-        self.modules = dict(model.named_modules())
+        ours = {id(part) for module in model.modules() if isinstance(module, Adapter) for part in module.modules()}
+        self.modules = {path: module for path, module in model.named_modules() if id(module) not in ours}
         self.layers: dict[str, Layer] = {}
         self.skipped: list[Skipped] = []
         shared = shared_parameters(model)
@@ -139,7 +141,7 @@ class Survey:
             usual = (ROLES.get(role, ()), "")
             patterns, note = self._moved(path).get(role, usual) if moved else usual
             mixes = layer.operator.folds_input and layer.operator.groups == 1  # no paper names a grouped convolution
-            if mixes and any(_matches(path, pattern) for pattern in patterns):
+            if mixes and any(matches(path, pattern) for pattern in patterns):
                 found.append(replace(layer, role=role, note=note))
         return self._first_readers(found) if role in ONE_INPUT else found
 
@@ -333,7 +335,7 @@ class Survey:
         return Shift("new_bias", layer.path) if self.allow_new_bias else Shift("none")
 
 
-def _matches(path: str, pattern: tuple[str, ...]) -> bool:
+def matches(path: str, pattern: tuple[str, ...]) -> bool:
     """Whether the last segments of ``path`` are those of ``pattern``, in which ``*`` stands for any characters."""
     last = path.split(".")[-len(pattern) :]
     return len(last) == len(pattern) and all(map(fnmatchcase, last, pattern))

@@ -130,7 +130,7 @@ def train(
         error(f"skipped {entry['path']}: {entry['reason']}")
     if config.method.mergeable:
         write_certificate(result.model, output)
-        measure_cost(result.model, result.preprocessing, output, batches=(1,))
+    measure_cost(result.model, result.preprocessing, output, batches=(1,), mergeable=config.method.mergeable)
     console.print(tables.results_table({config.method.describe(): result.summary}))
     console.print(f"Report: {write_report(output)}\nAdapter: {output / 'adapter.safetensors'}")
 

@@ -28,15 +28,23 @@ def write_certificate(model: nn.Module, folder: Path) -> dict[str, Any]:
     return certificate
 
 
-def measure_cost(model: nn.Module, preprocessing: refold.Preprocessing, folder: Path, batches: tuple[int, ...]) -> None:
-    """Latency of the untouched backbone, the unmerged and the merged model, side by side, on this machine."""
+def measure_cost(
+    model: nn.Module,
+    preprocessing: refold.Preprocessing,
+    folder: Path,
+    batches: tuple[int, ...],
+    *,
+    mergeable: bool = True,
+) -> None:
+    """Latency of the untouched backbone, the unmerged and, where it merges, the merged model, side by side, here."""
     from refold.bench import measure
     from refold.report import tables
 
-    backbone, merged = copy.deepcopy(model), copy.deepcopy(model)
-    refold.detach(backbone)
-    refold.merge(merged, check=False)
-    models = {"backbone": backbone.eval(), "unmerged": model.eval(), "merged": merged.eval()}
+    models = {"backbone": refold.detach(copy.deepcopy(model)).eval(), "unmerged": model.eval()}
+    if mergeable:
+        merged = copy.deepcopy(model)
+        refold.merge(merged, check=False)
+        models["merged"] = merged.eval()
     device = next(model.parameters()).device
     rows = []
     for batch in batches:

@@ -13,6 +13,7 @@ import refold
 from refold.cli.console import console
 from refold.cli.options import Adapter, Force, Weights, parse_method
 from refold.errors import MergeError
+from refold.state import require_state
 
 __all__ = ["explain", "export", "merge"]
 
@@ -80,7 +81,7 @@ def export(
     weights: Weights = None,
     force: Force = False,
 ) -> None:
-    """Merge an adapter and write the model for deployment, checked against the merged model.
+    """Write an adapted model for deployment, checked; merged where its method merges, else with the adapters inside.
 
     Example: refold export runs/cells --output cells.onnx --preprocessing
     """
@@ -89,7 +90,14 @@ def export(
 
     ready = resolve(adapter, weights=weights, force=force)
     model, prepared = ready.model, ready.preprocessing
-    refold.merge(model)
+    if require_state(model, "export").record().method.mergeable:
+        refold.merge(model)
+    elif format is Format.WEIGHTS:
+        raise MergeError(
+            "its adapters stay beside the backbone, whose plain weights would leave them out",
+            where=adapter,
+            remedy="Use --format onnx or --format program",
+        )
     if format is Format.ONNX:
         result = export_onnx(model, output, preprocessing=prepared, with_preprocessing=preprocessing)
     elif format is Format.PROGRAM:
@@ -98,7 +106,8 @@ def export(
         result = export_weights(model, output)
     console.print(f"{result.path}: {result.bytes:,} bytes", highlight=False)
     if format is not Format.WEIGHTS:
-        console.print(f"largest difference from the merged model: {result.max_abs:.2e}, relative {result.max_rel:.2e}")
+        differs = f"{result.max_abs:.2e}, relative {result.max_rel:.2e}"
+        console.print(f"largest difference from the model in PyTorch: {differs}")
 
 
 def explain(
