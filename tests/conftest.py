@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 
 from commands import workplace as workplace
+from photos import photos as photos
 
 # The same examples on every machine, and no time limit for one: a busy machine is not a bug.
 settings.register_profile("refold", deadline=None, derandomize=True, max_examples=60, database=None)
