@@ -54,7 +54,7 @@ bench-families: $(BENCH_STAMP)  ## every backbone family and method, exact or no
 bench-speed: $(BENCH_STAMP)  ## latency, training step, stored bytes and epoch time against the peers
 	$(BIN)/python benchmarks/speed.py
 
-bench-accuracy: $(BENCH_STAMP)  ## five methods on two data sets, three seeds
+bench-accuracy: $(BENCH_STAMP)  ## every method on ELPV, the best six on two more data sets, three seeds; costs; docs/methods
 	$(BIN)/python benchmarks/accuracy.py
 
 clean:  ## remove .venv and caches

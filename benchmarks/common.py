@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from refold.bench import measure
+from refold.training.attention import attention_kernel
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
@@ -24,6 +26,28 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+
+
+def training_forward(model: nn.Module, images: Tensor, targets: Tensor, low: bool) -> Callable[[], Tensor]:
+    """The loss of one batch; ``low`` under autocast to bfloat16."""
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16) if low else nullcontext():
+            logits = model(images)
+        return nn.functional.cross_entropy(logits.float(), targets)
+
+    return forward
+
+
+def training_step(model: nn.Module, forward: Callable[[], Tensor], kernel: str) -> Callable[[], None]:
+    """Forward and backward under an attention kernel; gradients do not pile up."""
+
+    def run() -> None:
+        with attention_kernel(kernel):
+            forward().backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
 
 
 def write(name: str, rows: Iterable[dict[str, Any]], **facts: Any) -> Path:

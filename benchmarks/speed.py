@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -27,7 +26,7 @@ import common
 import plain_script
 import refold
 from refold.bench import measure
-from refold.training.attention import attention_kernel, choose_attention
+from refold.training.attention import choose_attention
 from refold.training.precision import reduced_precision
 
 RANK = 8
@@ -110,9 +109,9 @@ def step(rounds: int) -> list[dict[str, Any]]:
             if low and name != "PEFT LoRA":
                 contexts.append(reduced_precision(model))
                 contexts[-1].__enter__()
-            forward = _forward(model, images, targets, low)
+            forward = common.training_forward(model, images, targets, low)
             kernel = choose_attention(forward, torch.device("cpu")) if low and name != "PEFT LoRA" else "default"
-            functions[name] = _step(model, forward, kernel)
+            functions[name] = common.training_step(model, forward, kernel)
             stored[name] = measure.stored_bytes(forward, model)
         torch.set_flush_denormal(True)
         timings = measure.latency(functions, rounds=rounds, warmup=1)
@@ -136,24 +135,6 @@ def step(rounds: int) -> list[dict[str, Any]]:
             )
             print(precision, name, f"time {ratio} of full, stored {rows[-1]['stored_ratio_full']:.3f}", flush=True)
     return rows
-
-
-def _forward(model: nn.Module, images: Tensor, targets: Tensor, low: bool) -> Callable[[], Tensor]:
-    def forward() -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16) if low else nullcontext():
-            logits = model(images)
-        return nn.functional.cross_entropy(logits.float(), targets)
-
-    return forward
-
-
-def _step(model: nn.Module, forward: Callable[[], Tensor], kernel: str) -> Callable[[], None]:
-    def run() -> None:
-        with attention_kernel(kernel):
-            forward().backward()
-        model.zero_grad(set_to_none=True)
-
-    return run
 
 
 def epoch(rounds: int) -> list[dict[str, Any]]:

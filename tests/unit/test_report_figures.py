@@ -101,27 +101,36 @@ def test_benchmark_figures_are_saved(tmp_path, suffix):
         {"name": "RepAdapter", "parameters": 222_000, "value": 0.855, "error": 0.006},
         {"name": "FullFineTune", "parameters": 21_700_000, "value": 0.857},
     ]
-    path = figures.save(figures.accuracy_against_parameters(points), tmp_path / f"a.{suffix}")
+    path = figures.save(figures.accuracy_against(points, "parameters", "parameters"), tmp_path / f"a.{suffix}")
     assert path.stat().st_size > 1000
     if suffix == "png":
         with Image.open(path) as picture:
             assert picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
 
 
-def test_accuracy_against_parameters_places_the_points():
-    figure = figures.accuracy_against_parameters(
-        [
-            {"name": "a", "parameters": 1000, "value": 0.5, "error": 0.1},
-            {"name": "b", "parameters": 1e6, "value": 0.75},
-        ],
-        metric="auroc",
-    )
+def test_accuracy_against_places_points_names_and_groups():
+    points = [
+        {"name": "a", "parameters": 1000, "value": 0.5, "error": 0.1, "group": "folds"},
+        {"name": "b", "parameters": 1e6, "value": 0.75, "group": "stays"},
+    ]
+    figure = figures.accuracy_against(points, "parameters", "trainable", metric="auroc")
     axes = figure.axes[0]
     assert axes.get_xscale() == "log"
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["a", "b"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["folds", "stays"]
     assert axes.containers[0].lines[0].get_xydata().tolist() == [[1000, 0.5]]
-    assert axes.get_ylabel() == "AUROC"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("trainable", "AUROC")
+    assert [(t.get_text(), t.xy) for t in axes.texts] == [("a", (1000, 0.5)), ("b", (1e6, 0.75))]
     assert "1 k" in texts(figures.to_svg(figure, label="x"))
+    plain = figures.accuracy_against([{"name": "a", "seconds": 2.0, "value": 0.5}], "seconds", "time", log=False)
+    assert plain.axes[0].get_legend() is None
+    assert plain.axes[0].get_xscale() == "linear"
+
+
+def test_names_of_close_dots_do_not_cover_each_other():
+    points = [{"name": f"method {k}", "parameters": 1e5 + 500 * k, "value": 0.8 + 1e-4 * k} for k in range(8)]
+    figure = figures.accuracy_against(points, "parameters", "parameters")
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_ratio_bars_have_their_length_and_interval():

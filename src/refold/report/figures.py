@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from refold.report import formats
 from refold.report.grids import SPLITS, metric_names, metric_title
+from refold.report.labels import name_dots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
-    "accuracy_against_parameters",
+    "accuracy_against",
     "confusion_matrix",
     "learning_curves",
     "ratio_bars",
@@ -242,38 +243,51 @@ def regression_scatter(targets: Sequence[float], predictions: Sequence[float]) -
 # --- benchmarks -----------------------------------------------------------------------------------------
 
 
-def accuracy_against_parameters(points: Sequence[Mapping[str, Any]], *, metric: str = "accuracy") -> Figure:
-    """Metric against trainable parameters on a logarithmic axis, one dot a method.
+def accuracy_against(
+    points: Sequence[Mapping[str, Any]], quantity: str, label: str, *, metric: str = "accuracy", log: bool = True
+) -> Figure:
+    """Metric against a cost, one dot a method, its name beside it, its group in colour.
 
     Args:
-        points: records with ``name``, ``parameters``, ``value`` and, optionally, ``error`` (plus or minus).
+        points: records with ``name``, ``value``, the cost under ``quantity`` and, optionally, ``error`` (plus or
+            minus) and ``group``.
+        quantity: key of the cost.
+        label: what the cost is, for the axis.
         metric: what ``value`` is.
+        log: whether the cost's axis is logarithmic.
     """
     from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
+    groups = list(dict.fromkeys(point.get("group") for point in points))
     with _style():
-        figure = _figure(6.4, 4.0)
+        figure = _figure(7.6, 5.2)
         axes = figure.add_subplot()
-        for index, point in enumerate(points):
+        for index, group in enumerate(groups):
+            members = [point for point in points if point.get("group") == group]
             axes.errorbar(
-                point["parameters"],
-                point["value"],
-                yerr=point.get("error"),
+                [point[quantity] for point in members],
+                [point["value"] for point in members],
+                yerr=[point.get("error") or 0.0 for point in members],
                 fmt=MARKERS[index % len(MARKERS)],
-                markersize=8,
-                capsize=3,
+                markersize=6,
+                elinewidth=0.7,
                 color=CYCLE[index % len(CYCLE)],
-                label=point["name"],
+                label=group,
             )
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside: labels at dots would overlap
-        axes.set_xscale("log")
-        axes.margins(x=0.08, y=0.12)
+        if groups != [None]:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups))
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.08, y=0.08)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.compact(value)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
         if metric == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        axes.set_xlabel("trainable parameters")
+        axes.set_xlabel(label)
         axes.set_ylabel(metric_title(metric))
+        figure.draw_without_rendering()  # the layout is fixed before names are placed in it
+        figure.set_layout_engine("none")
+        name_dots(axes, [(point["name"], point[quantity], point["value"]) for point in points])
         return figure
 
 
