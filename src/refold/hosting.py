@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from refold.probe import tensors_of
 from refold.recompute import require_recorded
 from refold.sides import Wire
 from refold.sites import Site
+
+if TYPE_CHECKING:
+    from refold.perturbation import Noise
 
 __all__ = [
     "SLOT",
@@ -59,6 +62,7 @@ class Slot(nn.ModuleDict):
         active: the name in use.
         sites: name -> its sites here, in the order in which they act.
         wires: entry -> what a side adapter needs besides the host's call.
+        noise: multiplies what the adapters add; None outside :func:`refold.perturbation.perturbed`.
     """
 
     def __init__(self) -> None:
@@ -66,6 +70,7 @@ class Slot(nn.ModuleDict):
         self.active: str | None = None
         self.sites: dict[str, list[Site]] = {}
         self.wires: dict[str, Wire] = {}
+        self.noise: Noise | None = None
 
     def current(self) -> list[tuple[Adapter, Site]]:
         """The adapters in use, in the order in which they act."""
@@ -115,11 +120,13 @@ def _before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             )
         wire = slot.wire(site)
         if wire is not None:
-            args, kwargs = sides.enter(wire, args, kwargs)
+            args, kwargs = sides.enter(wire, layer, args, kwargs)
         elif isinstance(adapter, ChannelAdapter) and site.slot == "input":
             fn: Callable[[Tensor], Tensor] = adapter
             if _shifts_after(layer, adapter):
                 fn = partial(adapter, with_shift=False)
+            if slot.noise is not None:
+                fn = partial(slot.noise.around, fn, channel_dim=site.channel_dim)
             args, kwargs = KINDS[site.kind].map_input(args, kwargs, fn)
         else:
             continue
@@ -146,20 +153,24 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
             if site.owner is None:
                 x = args[0] if args else kwargs["input"]
                 assert kind.run is not None
-                output = output + adapter.branch(x, partial(kind.run, layer), output, frozen, bias)
+                added = adapter.branch(x, partial(kind.run, layer), output, frozen, bias)
+                output = output + (added if slot.noise is None else slot.noise(added, op.channel_dim))
             continue
         if site.owner is not None:
             continue
         assert isinstance(adapter, ChannelAdapter)
         if site.slot == "output":
-            output = adapter(output)
+            noise = slot.noise
+            output = adapter(output) if noise is None else noise.around(adapter, output, channel_dim=op.channel_dim)
         elif _shifts_after(layer, adapter):
             shift = adapter.shift()
             present = weight()[0] if weight is not None else layer._parameters[op.weight]
             assert shift is not None
             assert present is not None
-            moved = input_shift(op, present.to(shift.dtype), shift)
-            output = output + moved.reshape(-1, *[1] * (-op.channel_dim - 1)).to(output.dtype)
+            moved = input_shift(op, present.to(shift.dtype), shift).reshape(-1, *[1] * (-op.channel_dim - 1))
+            if slot.noise is not None:
+                moved = moved * slot.noise.factors(output, op.channel_dim)
+            output = output + moved.to(output.dtype)
     return output
 
 

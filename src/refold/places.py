@@ -6,6 +6,7 @@ the MLP's, with the same tables as for layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -19,7 +20,17 @@ from refold.roles import ROLES
 from refold.sites import Layer, Route, Site, Skipped
 from refold.survey import Survey
 
-__all__ = ["block_site", "blocks", "branch_site", "branches", "on_grid", "projection", "stages"]
+__all__ = [
+    "block_site",
+    "block_sites",
+    "blocks",
+    "branch_site",
+    "branches",
+    "covers",
+    "on_grid",
+    "projection",
+    "stages",
+]
 
 #: Containers whose forward calls every child: an adapter among the children would be called as well.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -90,14 +101,14 @@ def _named(survey: Survey, name: str) -> list[Branch]:
         found = _with_role(survey, name)
         remedy = "Name paths in sites=, or leave it out"
     else:
-        found = [b for b in _all(survey) if any(_covers(name, path) for path in b.inside)]
+        found = [b for b in _all(survey) if any(covers(name, path) for path in b.inside)]
         remedy = f"Branches end at {', '.join(b.exit for b in _all(survey)[:3])} ..."
     if not found:
         raise SiteError("no residual branch has this role or path", where=name, remedy=remedy)
     return found
 
 
-def _covers(name: str, path: str) -> bool:
+def covers(name: str, path: str) -> bool:
     """Whether a pattern names ``path`` or a module around it."""
     parts = path.split(".")
     return any(fnmatchcase(".".join(parts[:end]), name) for end in range(len(parts), 0, -1))
@@ -110,8 +121,9 @@ def projection(survey: Survey, branch: Branch) -> Layer | None:
         for layer in survey.layers.values()
         if layer.operator.folds_input and layer.operator.groups == 1 and _used_in(layer, branch)
     ]
-    order = {path: number for number, path in enumerate(branch.inside)}
-    return max(layers, key=lambda la: order.get(la.path, order.get(la.owner or "", -1)), default=None)
+    order = survey.trace.order
+    # Of layers whose weight one module reads, such as those of nn.MultiheadAttention, the last is meant.
+    return max(reversed(layers), key=lambda la: order.get(la.path, order.get(la.owner or "", -1)), default=None)
 
 
 def _used_in(layer: Layer, branch: Branch) -> bool:
@@ -148,10 +160,12 @@ def _common(a: str, b: str) -> str:
 def stages(survey: Survey, count: int = 4) -> list[str]:
     """Paths of the blocks that end a stage: the last before the features' shape changes.
 
-    A backbone of one shape throughout (a plain ViT) is cut into ``count`` equal parts.
+    A backbone of one shape throughout (a plain ViT) is cut into ``count`` equal parts. A block that pools tokens in
+    front of a head belongs to no stage.
     """
-    paths = blocks(survey)
-    shapes = [survey.trace.shapes.get(path) for path in paths]
+    seen = survey.trace.shapes
+    paths = [path for path in blocks(survey) if path not in seen or math.prod(seen[path][1:-1]) > 1]
+    shapes = [seen.get(path) for path in paths]
     ends = [p for p, here, following in zip(paths, shapes, [*shapes[1:], None], strict=True) if here != following]
     if len(ends) > 1 or len(paths) <= count:
         return ends if len(ends) > 1 else paths
@@ -201,9 +215,37 @@ def block_site(survey: Survey, path: str, slot: str) -> Site:
     if shape is None:
         raise SiteError("it is not called exactly once in a forward", where=path, remedy="Choose other sites")
     inside = [la for p, la in survey.layers.items() if p == path or p.startswith(f"{path}.")]
-    widths = {la.operator.out_width for la in inside} | {la.operator.in_width for la in inside}
-    fitting = [w for w in (shape[-1], *shape[-3:-2], *shape[1:2]) if w in widths]
-    return _site(survey, path, slot, shape, fitting[0] if fitting else 0, "", "")
+    possible = {shape[-1]} if len(shape) == 3 else {shape[-1], shape[1 - len(shape)]}
+    # The last layer that fits: earlier ones, of a squeeze, say, may have as many channels as the maps have columns.
+    fitting = [la for la in inside if la.operator.out_width in possible]
+    last = max(fitting, key=lambda la: survey.trace.order.get(la.path, -1), default=None)
+    return _site(survey, path, slot, shape, 0 if last is None else last.operator.out_width, "", "")
+
+
+def block_sites(
+    survey: Survey, slot: str, sites: str | Iterable[str] | None = None
+) -> tuple[list[Site], list[Skipped]]:
+    """:func:`block_site` of every block, or of those that ``sites`` names, and the blocks that have none.
+
+    Args:
+        sites: paths (``*`` allowed) of blocks or of modules around them.
+
+    Raises:
+        SiteError: the backbone has no blocks, or a name matches none.
+    """
+    paths, names = blocks(survey), (sites,) if isinstance(sites, str) else tuple(sites or ())
+    for name in names:
+        if not any(covers(name, path) for path in paths):
+            raise SiteError("no block has this path", where=name, remedy=f"Blocks are {', '.join(paths[:3])} ...")
+    found, skipped = [], []
+    for path in paths:
+        if names and not any(covers(name, path) for name in names):
+            continue
+        try:
+            found.append(block_site(survey, path, slot))
+        except SiteError as error:
+            skipped.append(Skipped(path, error.reason))
+    return found, skipped
 
 
 def on_grid(survey: Survey, sites: Iterable[Site]) -> tuple[list[Site], list[Skipped]]:
@@ -259,8 +301,8 @@ def _grid(survey: Survey, path: str, shape: tuple[int, ...], dim: int) -> tuple[
     best: tuple[int, int, str, bool] = (0, 0, "", True)
     order = survey.trace.order
     for other, found in survey.trace.shapes.items():
-        if len(found) != 4 or order[other] > order[path]:
-            continue
+        if len(found) != 4 or order[other] > order[path] or path.startswith(f"{other}."):
+            continue  # it has not returned when the host runs
         for first in (True, False):
             channels, rows, columns = (found[1], found[2], found[3]) if first else (found[3], found[1], found[2])
             if channels == shape[-1] and rows * columns <= shape[1]:

@@ -7,7 +7,7 @@ match, methods fall back to every foldable layer.
 
 from __future__ import annotations
 
-__all__ = ["MOVED", "ONE_INPUT", "ROLES"]
+__all__ = ["MOVED", "ONE_INPUT", "PARTS", "ROLES"]
 
 Pattern = tuple[str, ...]
 
@@ -49,7 +49,9 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
         ("self_attn", "[qkv]_proj"),  # transformers CLIP, SigLIP
         ("attention", "qkv"),  # transformers TimeSformer
         ("attention", "qkv_proj", "convolution"),  # transformers MobileViT V2
-        ("attention", "projection_*"),  # transformers CvT
+        ("attention", "projection_query"),  # transformers CvT
+        ("attention", "projection_key"),
+        ("attention", "projection_value"),
         ("self_attn", "qkv"),  # transformers BLIP
         ("queries_keys_values", "linear"),  # transformers LeViT
         ("keys_values", "linear"),
@@ -115,8 +117,118 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
         ("m", "pw1", "c"),  # SHViT
         ("linear", "fc1"),  # SwiftFormer
     ),
-    "attention_out": (("attn", "proj"),),
-    "mlp_out": (("mlp", "fc2"), ("mlp", "c_proj"), ("mlp", "w3"), ("mlp", "3")),
+    # The projection behind the token mixer, whose output joins the stream again.
+    "attention_out": (
+        ("attn", "proj"),  # timm ViT, Swin, DeiT; transformers SAM, Hiera
+        ("attn", "proj", "ln", "linear"),  # LeViT
+        ("attn_downsample", "proj", "ln", "linear"),
+        ("attn_in", "proj"),  # TNT
+        ("attn_out", "proj"),
+        ("attn", "out_proj"),  # open_clip, inside nn.MultiheadAttention; MobileViT V2
+        ("attn", "o_proj", "linear"),  # Gemma
+        ("attn", "output", "proj"),  # MobileNetV5
+        ("attn", "proj", "[0-9]*", "conv"),  # EfficientViT (MSRA)
+        ("self_attention", "out_proj"),  # torchvision ViT
+        ("attn_layer", "*", "merge"),  # torchvision MaxViT
+        ("attn", "project", "0"),  # torchvision MViT
+        ("attention", "o_proj"),  # transformers ViT, BEiT, Swin, DINOv2
+        ("attention", "out_proj"),  # transformers AIMv2
+        ("attention", "out_proj", "convolution"),  # transformers MobileViT V2
+        ("attention", "output", "dense"),  # transformers Data2Vec, Swin V2; ViT, BEiT and Swin before version 5
+        ("temporal_attention", "output", "dense"),  # transformers TimeSformer
+        ("attention", "proj"),  # transformers ViTDet, V-JEPA 2
+        ("attention", "projection_layer"),  # transformers InternVL
+        ("self_attn", "projection_layer"),  # transformers Janus
+        ("self_attn", "projection"),  # transformers BLIP
+        ("self_attn", "out_proj"),  # transformers CLIP, SigLIP
+        ("module", "projection", "linear"),  # transformers LeViT
+        ("[0-9]*", "projection", "linear"),
+        ("factoratt_crpe*", "proj"),  # CoaT
+        ("token_mixer", "proj"),  # EfficientFormer, CAFormer
+        ("token_mixer", "proj", "conv"),
+        ("token_mixer", "pwconv2"),  # ConvFormer
+        ("xca", "proj"),  # EdgeNeXt
+        ("main", "proj", "conv"),  # EfficientViT (MIT)
+        ("e_mhsa", "proj"),  # NextViT
+        ("modulation", "proj"),  # FocalNet
+        ("modulation", "projection_out"),
+        ("module", "proj", "c"),  # iFormer
+        ("m", "proj", "[0-9]*", "c"),  # SHViT
+        ("mixer", "out_proj", "conv"),  # EfficientViM
+        ("mlp_tokens", "fc2"),  # MLP-Mixer
+    ),
+    # The projection back to the stream's width.
+    "mlp_out": (
+        ("mlp", "fc2"),  # timm; transformers CLIP, ViT, BEiT, Swin
+        ("mlp[0-9]", "fc2"),  # CoaT
+        ("mlp_in", "fc2"),  # TNT
+        ("mlp_channels", "fc2"),  # MLP-Mixer
+        ("mlp", "fc2", "conv"),
+        ("mlp", "c_proj"),  # open_clip
+        ("mlp", "w3"),  # SwiGLU
+        ("mlp", "down_proj"),
+        ("mlp", "down_proj", "linear"),  # Gemma
+        ("mlp", "3"),  # torchvision
+        ("mlp", "conv3"),  # Visformer
+        ("mlp", "ln2", "linear"),  # LeViT
+        ("mlp", "main", "3"),  # LowFormer
+        ("total", "0", "1", "main", "3"),  # CPUBone
+        ("mlp_layer", "3"),  # torchvision MaxViT
+        ("main", "point_conv", "conv"),  # EfficientViT (MIT)
+        ("pw_proj", "conv"),  # MobileNetV4, MobileNetV5
+        ("feed_forward", "down_proj"),  # transformers Pixtral
+        ("[0-9]*", "output", "dense"),  # transformers Data2Vec, Swin V2; ViT, BEiT and Swin before version 5
+        ("intermediate", "fc2"),  # transformers LW-DETR
+        ("mlp", "dense2"),  # transformers PVT, GLPN
+        ("mlp", "lin2"),  # transformers SAM
+        ("mlp", "proj_out"),
+        ("module", "linear_down", "linear"),  # transformers LeViT
+        ("ffn", "conv2", "convolution"),  # transformers MobileViT V2
+        ("ffn", "down_proj"),  # transformers AIMv2
+        ("ffn", "fc2", "conv"),  # EfficientViM
+        ("ffn*", "m", "pw2", "conv"),  # EfficientViT (MSRA)
+        ("m", "pw2", "c"),  # SHViT
+        ("linear", "fc2"),  # SwiftFormer
+    ),
+}
+
+#: What the outputs of an attention's projection are, letter by letter in equal parts of the input's width -> patterns.
+#: A layer listed here whose outputs have another width (LeViT's keys are narrower than its values) is not meant.
+PARTS: dict[str, tuple[Pattern, ...]] = {
+    "qkv": (
+        ("attn", "qkv"),
+        ("attn",),
+        ("self_attention",),
+        ("attention", "qkv"),
+        ("self_attn", "qkv"),
+        ("factoratt_crpe*", "qkv"),
+        ("token_mixer", "qkv"),
+        ("xca", "qkv"),
+        ("attn_layer", "*", "to_qkv"),
+    ),
+    "qk": (("attn", "qk"), ("attn_in", "qk"), ("attn_out", "qk")),
+    "kv": (("attn", "kv"), ("keys_values", "linear")),
+    **{
+        letter: (
+            ("attn", letter),
+            ("attn_in", letter),
+            ("attn_out", letter),
+            ("attn", f"{letter}_proj"),
+            ("attn", f"{letter}_proj", "linear"),
+            ("attn", letter, "conv"),
+            ("attn", name, "proj"),
+            ("attn", f"to_{name}"),
+            ("attention", name),
+            ("attention", f"{letter}_proj"),
+            ("attention", f"projection_{name}"),
+            ("self", name),
+            ("self_attn", f"{letter}_proj"),
+            ("token_mixer", letter, "conv"),
+            ("e_mhsa", letter),
+            ("module", letter, "c"),
+        )
+        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
+    },
 }
 
 #: Family -> role -> (patterns, note). Here the paper's site is next to a depthwise convolution, around which a

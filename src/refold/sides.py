@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from refold.adapters import Adapter, Layout, SideAdapter, TokenAdapter
 from refold.errors import SiteError
+from refold.positions import Covered, Insertion, cover, spread, uncover
 from refold.sites import Site
 
 if TYPE_CHECKING:
@@ -35,13 +37,17 @@ class Wire:
     Attributes:
         slot, name, site: the adapter: the host's slot, the adapter's name in the model, and its site.
         value: what was read, or computed, before the host ran.
+        stream: tokens as they entered the branch whose result is added to them.
         grid: rows and columns of the tokens.
+        covered: attributes that see the longer sequence while the host runs, see :mod:`refold.positions`.
         used: whether the host ran with the adapter.
     """
 
     def __init__(self, slot: Slot, name: str, site: Site) -> None:
         self.slot, self.name, self.site = slot, name, site
         self.value: Tensor | None = None
+        self.stream: Tensor | None = None
+        self.covered: list[Covered] = []
         self.grid: tuple[int, int] | None = None
         self.used = False
 
@@ -70,12 +76,13 @@ class Wire:
         route = self.site.route
         return Layout(self.site.channel_dim, route.prefix if route else 0, self.grid, self.site.path)
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor | None:
         """What the adapter adds, for features ``x``."""
-        adapter = self.adapter
+        adapter, noise = self.adapter, self.slot.noise
         assert isinstance(adapter, SideAdapter)
         with _precision(x):
-            return adapter(x, self.layout())
+            added = adapter(x, self.layout())
+        return added if noise is None or added is None else noise(added, self.site.channel_dim)
 
 
 def _precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -89,13 +96,48 @@ def _precision(x: Tensor) -> AbstractContextManager[Any]:
 # -- around the host ----------------------------------------------------------------------------------------------
 
 
-def enter(wire: Wire, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def enter(
+    wire: Wire, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The host's call with the adapter's tokens in it."""
-    adapter = wire.adapter
+    adapter, route = wire.adapter, wire.site.route
     if not isinstance(adapter, TokenAdapter):
         return args, kwargs
-    layout = wire.layout()
-    return _map_input(args, kwargs, lambda x: adapter.insert(x, layout))
+    assert route is not None
+    x, new = _first(args, kwargs), None
+    if route.source:
+        new = wire.take()
+        new = new.repeat_interleave(x.shape[0] // new.shape[0], dim=0)  # every window has those of its image
+    elif route.span in ("", "first"):
+        new = adapter.tokens(x.shape[0])
+        adapter.inside = route.span != ""
+    insertion = Insertion(x.shape[1] - (adapter.count if new is None else 0), route.prefix, adapter.count)
+    uncover(wire.covered)  # an interrupt (Ctrl-C) inside a forward skips even hooks that are always called
+    wire.covered += cover((host.get_submodule(path) for path in route.positions), insertion)
+    if len(args) + len(kwargs) > 1:
+        args, kwargs = (*args[:1], *spread(args[1:], insertion)), spread(kwargs, insertion)
+    if new is None:
+        return args, kwargs
+    parts = (x[:, : route.prefix], new.to(x.dtype), x[:, route.prefix :])
+    return _map_input(args, kwargs, lambda _: torch.cat(parts, dim=1))
+
+
+def _leave_tokens(wire: Wire, adapter: TokenAdapter, output: Any) -> Any:
+    """The host's output without the tokens, unless they stay in the sequence."""
+    route = wire.site.route
+    assert route is not None
+    if not route.source and route.span in ("first", "inside"):
+        return output
+    adapter.inside = False
+    first, last = route.prefix, route.prefix + adapter.count
+    stream, wire.stream = wire.stream, None
+
+    def without(y: Tensor) -> Tensor:
+        if stream is not None:  # the mean over the windows of an image goes on to the next host
+            adapter.carried = stream + y[:, first:last].unflatten(0, (len(stream), -1)).mean(1)
+        return torch.cat((y[:, :first], y[:, last:]), 1)
+
+    return map_output(output, without)
 
 
 def leave(wire: Wire, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -104,20 +146,26 @@ def leave(wire: Wire, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     if not wire.used:
         wire.used = True
     if isinstance(adapter, TokenAdapter):
-        layout = wire.layout()
-        return map_output(output, lambda y: adapter.remove(y, layout))
+        return _leave_tokens(wire, adapter, output)
+    assert isinstance(adapter, SideAdapter)
+    adapter.arrive(_first(args, kwargs), wire.site.path)
     if slot == "output":
-        return map_output(output, lambda y: y + wire.run(y).to(y.dtype))
+        return map_output(output, lambda y: _joined(adapter, y, wire.run(y)))
     if slot == "sum":
         stream = wire.take()
-        return map_output(output, lambda y: y + wire.run(stream + y).to(y.dtype))
+        return map_output(output, lambda y: _joined(adapter, y, wire.run(stream + y)))
     if slot == "parallel":
         delta = wire.run(_first(args, kwargs))
     elif slot == "before":  # computed where the branch began
         delta = wire.take()
     else:
         delta = wire.run(wire.take())
-    return map_output(output, lambda y: y + delta.to(y.dtype))
+    return map_output(output, lambda y: _joined(adapter, y, delta))
+
+
+def _joined(adapter: Adapter, features: Tensor, delta: Tensor | None) -> Tensor:
+    assert isinstance(adapter, SideAdapter)
+    return features if delta is None else adapter.compose(features, delta)
 
 
 def map_output(output: Any, fn: Callable[[Tensor], Tensor]) -> Any:
@@ -155,12 +203,37 @@ def _read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     for found in _wires(module, "source"):
         if found.site.slot in _STREAM:
             found.value = _first(args, kwargs)
+        if found.site.slot == "tokens":
+            found.value = _through(module, found, _first(args, kwargs))
         if found.site.slot == "before":
             assert found.value is not None
             found.value = delta = found.run(found.value)
-            args, kwargs = _map_input(args, kwargs, lambda x, delta=delta: x + delta.to(x.dtype))
+            args, kwargs = _map_input(args, kwargs, partial(_joined, found.adapter, delta=delta))
             changed = True
     return (args, kwargs) if changed else None
+
+
+def _through(norm: nn.Module, found: Wire, x: Tensor) -> Tensor:
+    """The tokens behind the norm in front of their host, which is where the features have no place for them yet."""
+    adapter, route = found.adapter, found.site.route
+    assert isinstance(adapter, TokenAdapter)
+    assert route is not None
+    if route.span in ("", "first"):
+        tokens = adapter.tokens(x.shape[0])
+    else:
+        tokens, adapter.carried = adapter.carried, None
+    if tokens is None:
+        raise SiteError(
+            "the prompts that the block before made were not seen in this call",
+            where=found.site.path,
+            remedy="Put gradient checkpoints around whole stages, or use deep=True",
+        )
+    found.stream = tokens if route.span in ("first", "inside") else None
+    wires = norm.__dict__.pop(_WIRES)  # this call is no one else's
+    try:
+        return norm(tokens.to(x.dtype))
+    finally:
+        norm.__dict__[_WIRES] = wires
 
 
 def _read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -178,16 +251,42 @@ def _read_grid(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found.grid = (int(rows), int(columns))
 
 
+def _begin(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """When the model's forward begins."""
+    for found in _wires(model, "model"):
+        if isinstance(found.adapter, SideAdapter):
+            found.adapter.begin()
+
+
+def _require_out(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """When the model's forward ends, by itself: no tokens may have stayed in its sequence."""
+    for found in _wires(model, "model"):
+        if isinstance(found.adapter, TokenAdapter) and found.adapter.inside:
+            raise SiteError(
+                "prompts were put in here, and no block took them out again",
+                where=found.site.path,
+                remedy="Run all blocks, or use deep=True, where each takes out its own",
+            )
+
+
 def _release(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """When the model's forward ends, also by an exception."""
+    # torch.compile traces this apart, and warns of gradients if it so much as looks at the output.
     for found in _wires(model, "model"):
-        found.value = None
-        if isinstance(found.adapter, SideAdapter):
-            found.adapter.release()
+        found.value = found.stream = None
+        adapter = found.adapter
+        if isinstance(adapter, (SideAdapter, TokenAdapter)):
+            adapter.release()
+
+
+def _uncover(host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """When the forward of a host of tokens ends, also by an exception."""
+    for _, found in host.__dict__.get(_WIRES, ()):
+        uncover(found.covered)
 
 
 #: Every hook this file puts on modules.
-TAP_HOOKS = (_read_input, _read_output, _read_grid, _release)
+TAP_HOOKS = (_read_input, _read_output, _read_grid, _begin, _require_out, _release, _uncover)
 
 
 def wire(model: nn.Module, slot: Slot, name: str, site: Site) -> Wire:
@@ -205,8 +304,15 @@ def wire(model: nn.Module, slot: Slot, name: str, site: Site) -> Wire:
         _tap(grid, "grid", new)
         if _read_grid not in grid._forward_hooks.values():
             grid.register_forward_hook(_read_grid)
+    if site.slot == "tokens":
+        host = model.get_submodule(site.path)
+        _tap(host, "host", new)
+        if _uncover not in host._forward_hooks.values():
+            host.register_forward_hook(_uncover, always_call=True)
     _tap(model, "model", new)
     if _release not in model._forward_hooks.values():
+        model.register_forward_pre_hook(_begin)
+        model.register_forward_hook(_require_out)
         model.register_forward_hook(_release, always_call=True)
     return new
 
@@ -218,6 +324,9 @@ def _tap(module: nn.Module, role: str, new: Wire) -> None:
 def untap(module: nn.Module, name: str | None = None) -> bool:
     """Forget the wires a module feeds, those of the adapter ``name`` or all; whether none is left of some."""
     wires = module.__dict__.pop(_WIRES, None)
+    for role, wire in wires or ():
+        if role == "host" and name in (None, wire.name):
+            uncover(wire.covered)  # left by an interrupt
     left = [(role, wire) for role, wire in wires or () if name is not None and wire.name != name]
     if left:
         module.__dict__[_WIRES] = left

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
 from refold.fold import Operator
 
-__all__ = ["Layer", "Route", "Shift", "Site", "Skipped", "own_sites"]
+__all__ = ["Geometry", "Layer", "Route", "Shift", "Site", "Skipped", "own_sites"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,39 @@ class Route:
         prefix: class, register and other tokens before those of the grid, in features of shape (B, N, C).
         grid: path of the module whose output shows the grid of the tokens as two dimensions, "" if none does.
         grid_first: whether that output has its channels before the grid.
+        span: for tokens that pass several hosts: ``"first"`` where they begin, ``"inside"``, ``"last"`` where they
+            end; "" where one host sees them alone.
+        positions: paths below the host of the modules that keep positions of its tokens.
+        patch: pixels of the patch that a token stands for.
     """
 
     source: str = ""
     prefix: int = 0
     grid: str = ""
     grid_first: bool = True
+    span: str = ""
+    positions: tuple[str, ...] = ()
+    patch: int = 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution over rows and columns in numbers, for adapters that have one of their own.
+
+    Attributes:
+        in_width, out_width: channels.
+        kernel, stride, dilation: along rows and columns.
+        padding: rows and columns put on each side; None for as many in all as keep size / stride, rounded up.
+        mode: what is put there, as in ``nn.Conv2d``.
+    """
+
+    in_width: int
+    out_width: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | None = None
+    dilation: tuple[int, int] = (1, 1)
+    mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
 
 
 @dataclass(frozen=True)
@@ -77,6 +105,7 @@ class Site:
         shares: path of the site whose adapter this one uses too; None where it has its own.
         route: of a side adapter; None for one that folds.
         tag: tells this site from others of the same method on the same host; "" for the first.
+        geometry: of the adapter's own convolution, where it is taken from the backbone.
         part: which of the methods of a composition it belongs to.
     """
 
@@ -94,6 +123,7 @@ class Site:
     shares: str | None = None
     route: Route | None = None
     tag: str = ""
+    geometry: Geometry | None = None
     part: int = 0
 
     @property

@@ -16,6 +16,7 @@ __all__ = [
     "channel_norms",
     "conv2d",
     "dora",
+    "fold_behind",
     "fold_conv",
     "fold_linear",
     "layer_norm_absorbs",
@@ -68,6 +69,12 @@ def fold_conv(weight: Array, matrix: Array, shift: Array, groups: int = 1) -> tu
         folded[o] = np.tensordot(block, weight[o], axes=(0, 0))
         moved[o] = weight[o].reshape(inside, -1).sum(axis=1) @ shift[first : first + inside]
     return folded, moved
+
+
+def fold_behind(weight: Array, bias: Array | None, matrix: Array, shift: Array) -> tuple[Array, Array]:
+    """A map of the output, ``M (W x + b) + c``: the new W, for any number of kernel axes, and what b becomes."""
+    folded = np.tensordot(matrix, weight, axes=(1, 0))
+    return folded, shift if bias is None else matrix @ bias + shift
 
 
 def lora(weight: Array, down: Array, up: Array, scale: float) -> Array:

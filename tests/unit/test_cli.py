@@ -86,10 +86,42 @@ def test_explain_shows_sites_of_a_run_and_of_a_model(workplace: Path) -> None:
     assert "stages.0.blocks.0.mlp.fc1" in of_model.stdout, of_model.stderr
 
 
-def test_shelf() -> None:
-    methods = run("methods", cwd=Path.cwd())
-    assert all(name in methods.stdout for name in refold.METHODS)
+def test_models_lists_what_a_pattern_matches() -> None:
     assert "packaged/vit_small_focus" in run("models", "*focus*", cwd=Path.cwd()).stdout
+
+
+def shelf_row(text: str, name: str) -> list[str]:
+    """The cells of a method's row, of which the first line names it."""
+    line = next(line for line in text.splitlines() if line.startswith(f"│ {name} "))
+    return [cell.strip() for cell in line.split("│")[1:-1]]
+
+
+def test_methods_lists_all_with_what_they_cost() -> None:
+    done = run("methods", cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert all(shelf_row(done.stdout, name) for name in refold.METHODS)
+    assert shelf_row(done.stdout, "RepAdapter")[2:5] == ["239,808", "yes", "none"]
+    assert shelf_row(done.stdout, "AdaptFormer")[2:5] == ["156,768", "no", "+0.17 %"]
+    assert shelf_row(done.stdout, "BitFit")[2:] == [
+        *("102,912", "in place", "none", "language, classification", "arXiv 2106.10199")
+    ]
+
+
+def test_methods_leaves_out_what_it_cannot_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    done = run("methods", cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert "left out: the package 'timm' is not installed" in done.stdout
+    assert shelf_row(done.stdout, "AdaptFormer")[2:] == ["no", "classification, video", "arXiv 2205.13535"]
+    assert "156,768" not in done.stdout
+
+
+def test_methods_shows_one_in_full_with_other_settings() -> None:
+    done = run("methods", "adaptformer(hidden=64)", cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert "out = x + MLP(LN(x)) + s U drop(ReLU(D x + a)) + s b" in done.stdout
+    assert shelf_row(done.stdout, "hidden")[1] == "8"
+    assert "AdaptFormer(hidden=64): parameters 1,189,632, extra compute +1.3 %, merges no" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -106,6 +138,8 @@ def test_shelf() -> None:
         (("predict", "run", "nothing-here"), "nothing-here"),
         (("merge", "missing.safetensors"), "missing.safetensors"),
         (("explain", "timm/test_vit", "--method", "LoRA(sites='nose')"), "nose"),
+        (("methods", "nose"), "METHOD: unknown method 'nose'"),
+        (("methods", "LoRA(rank=0)"), "rank=0"),
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(workplace: Path, arguments: tuple[str, ...], says: str) -> None:

@@ -75,8 +75,46 @@ METHODS = {
     "DoRA": {"rank": 8, "scale": 1.0, "dropout": 0.0, "sites": None, "rows": None, "overrides": ()},
     "OFT": {"block": 32, "sites": None},
     "FacT": {"rank": 16, "form": "tk", "scale": 1.0, "dropout": 0.1, "sites": None},
+    "Hydra": {"rank": 2, "scale": 1.0, "dropout": 0.2, "sites": None},
+    "KronA": {"size": None, "scale": 1.0, "form": "weight", "sites": None},
+    "KAdaptation": {"rank": 32, "scale": 160.0, "sites": None},
+    "ARC": {"rank": 50, "dropout": 0.1, "sites": None},
+    "RLRR": {"ssf": True, "sites": None},
+    "GLoRA": {"rank": 4, "a": "lora", "b": "lora", "c": "lora", "d": "vector", "e": "vector", "sites": None},
+    "PACE": {"rank": 10, "sites": None},
     "SSF": {"sites": None},
-    "AdaptFormer": {"hidden": 8, "scale": 0.1, "dropout": 0.1, "activation": "relu", "sites": None},
+    "Adapter": {
+        "variant": "pfeiffer", "hidden": 8, "activation": None, "dropout": None, "sites": None, "overrides": ()
+    },  # fmt: skip
+    "AdaptFormer": {
+        "hidden": 8, "scale": 0.1, "dropout": 0.1, "activation": "relu", "sites": None, "overrides": ()
+    },  # fmt: skip
+    "Unified": {
+        "hidden": 8,
+        "scale": 4.0,
+        "position": "parallel",
+        "representation": "branch",
+        "reads": "normed",
+        "composition": "add",
+        "activation": "relu",
+        "dropout": 0.0,
+        "sites": None,
+    },
+    "LoRand": {"rank": 8, "branches": 2, "sites": None},
+    "Mona": {"hidden": 64, "dropout": 0.1, "sites": None},
+    "Convpass": {
+        "hidden": 8,
+        "scale": 1.0,
+        "dropout": 0.1,
+        "activation": "quick_gelu",
+        "start": "identity",
+        "sites": None,
+    },
+    "STAdapter": {"hidden": 384, "frames": 8, "activation": "identity", "sites": None},
+    "ConvAdapter": {"reduction": 4, "activation": "relu", "position": "conv_parallel", "sites": None},
+    "DTL": {"rank": 2, "beta": 100.0, "start": None, "plus": False, "sites": None},
+    "LST": {"reduction": 8, "sites": None},
+    "ProTuning": {"hidden": 64, "activation": "gelu", "sites": None},
     "BitFit": {},
     "LayerNormTune": {},
     "Partial": {"blocks": 1},

@@ -9,6 +9,9 @@ from torch import nn
 
 import refold
 
+#: Outputs and inputs of the four projections of a block.
+BLOCK = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
+
 
 @pytest.fixture
 def vit_b16() -> nn.Module:
@@ -37,7 +40,28 @@ def weights(model: nn.Module) -> int:
         (refold.RepAdapter(sites="attention"), 119_904),
         (refold.LoRA(), 294_912),
         (refold.BitFit(), 102_912),
+        (refold.LayerNormTune(), 38_400),  # 4 L d + 2 d
+        (refold.Partial(), 7_089_408),  # 12 d^2 + 13 d of a block, 2 d of the final norm
+        (refold.Partial(blocks=2), 2 * 7_087_872 + 1_536),
         (refold.SSF(), 205_824),
+        (refold.FacT(form="tt", rank=4), 8_448),
+        (refold.FacT(form="tt", rank=8), 21_504),
+        (refold.FacT(form="tt"), 61_440),
+        (refold.FacT(), 30_976),
+        (refold.FacT(rank=32), 86_528),
+        (refold.Hydra(), 239_712),
+        (refold.KAdaptation(), 50_176),
+        (refold.ARC(), 96_432),
+        (refold.RLRR(), 288_768),
+        (refold.RLRR(ssf=False), 248_832),
+        (refold.GLoRA(), 12 * sum(2 * 4 * (o + i) + 4 * (i + 1) + 2 * o for o, i in BLOCK)),
+        (refold.PACE(), 12 * sum(10 * (o + i) + 10 * (i + 1) + o for o, i in BLOCK)),
+        (refold.KronA(), 12 * 2 * (24 * 24 + 32 * 32)),
+        (refold.KronA(size=32, form="block"), 12 * (32 * 32 + 24 * 24 + 1)),
+        (refold.Convpass(), 327_552),
+        (refold.Convpass(sites="attention"), 163_776),
+        (refold.STAdapter(), 14_220_288),
+        (refold.STAdapter(sites="mlp"), 7_110_144),
         (refold.FullFineTune(), 85_798_656 - 192 * 768),  # with 224 px there are 192 more positions
     ],
     ids=lambda value: value.describe() if isinstance(value, refold.Method) else "",

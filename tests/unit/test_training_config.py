@@ -40,6 +40,8 @@ def config(**changes: Any) -> TrainConfig:
         ("augment", ""),
         ("class_weights", "inverse"),
         ("clip_grad", 0.0),
+        ("consistency", -1.0),
+        ("consistency_noise", -0.5),
         ("precision", "fp16"),
         ("attention", "flash"),
         ("select", 3),
@@ -66,6 +68,19 @@ def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
         config(**{field: value})
     assert caught.value.where == field
     assert repr(value) in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "other"),
+    [
+        ({"consistency": 0.5}, "consistency_noise", "consistency"),
+        ({"consistency_noise": 1.0}, "consistency", "consistency_noise"),
+    ],
+)
+def test_consistency_needs_a_weight_and_a_noise(settings: dict[str, float], field: str, other: str) -> None:
+    with pytest.raises(DataError, match=rf"{field}: must be positive beside {other}, not 0\.0"):
+        Recipe(**settings)
+    assert Recipe(consistency=0.5, consistency_noise=1.0).consistency == 0.5
 
 
 def test_json_round_trip_keeps_every_field() -> None:

@@ -89,7 +89,8 @@ def autocast_input(x: Tensor) -> Tensor:
     Cast once here, because the adapter's two products and the frozen layer behind it would each cast it again.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+    # Device "meta", where shapes alone are computed, has no autocast and refuses the question.
+    if x.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refold.adapters.base import WeightAdapter, autocast_input
+from refold.adapters.pointwise import mix
 
 __all__ = ["LowRank"]
 
@@ -64,11 +65,7 @@ class LowRank(WeightAdapter):
 
     def expand(self, hidden: Tensor, up: Tensor) -> Tensor:
         """``scale * up`` times the hidden channels."""
-        up = (self.scale * up).to(hidden.dtype)
-        if self.channel_dim == -1:
-            return F.linear(hidden, up)
-        maps = hidden.flatten(self.channel_dim + 1)
-        return (up @ maps).view(*hidden.shape[: self.channel_dim], len(up), *hidden.shape[self.channel_dim + 1 :])
+        return mix(hidden, (self.scale * up).to(hidden.dtype), self.channel_dim)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.down.shape)} -> {self.up.shape[0]}, scale={self.scale}, dropout={self.dropout}"

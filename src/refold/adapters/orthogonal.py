@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,8 @@ class BlockRotation(ChannelAdapter):
         return torch.linalg.solve(eye - q, eye + q)  # the two factors commute
 
     def forward(self, x: Tensor, *, with_shift: bool = True) -> Tensor:
-        x = autocast_input(x)
-        with torch.autocast(x.device.type, enabled=False):
+        x, kind = autocast_input(x), x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             # Solving has no kernel below single precision.
             precise = torch.promote_types(self.skew.dtype, torch.float32)
             rotations = self._rotations(self.skew.to(precise)).to(x.dtype)

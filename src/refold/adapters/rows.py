@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from refold.adapters.base import WeightAdapter
+from refold.maps import to_dense
 
 __all__ = ["RowBlocks"]
 
@@ -32,15 +33,17 @@ class RowBlocks(WeightAdapter):
         return adapter
 
     def reparameterize(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        parts, moved, end = [], [], 0
+        parts, shifts, changed, end = [], [], False, 0
+        base = weight.new_zeros(len(weight)) if bias is None else bias
         for index, (start, stop) in enumerate(self.spans):
             rows = slice(start, stop)
-            block, shift = self._block(index).reparameterize(weight[rows], None if bias is None else bias[rows])
+            before = None if bias is None else bias[rows]
+            block, shift = self._block(index).reparameterize(weight[rows], before)
+            changed = changed or shift is not before
             parts += [weight[end:start], block]
-            moved += [] if bias is None or shift is None else [bias[end:start], shift]
+            shifts += [base[end:start], base[rows] if shift is None else shift]
             end = stop
-        new_bias = bias if bias is None or not moved else torch.cat([*moved, bias[end:]])
-        return torch.cat([*parts, weight[end:]]), new_bias
+        return torch.cat([*parts, weight[end:]]), torch.cat([*shifts, base[end:]]) if changed else bias
 
     def branch(
         self,
@@ -50,7 +53,7 @@ class RowBlocks(WeightAdapter):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        added = torch.zeros_like(output)
+        added, weight = torch.zeros_like(output), to_dense(weight)  # a packed weight has no rows to take
         for index, (start, stop) in enumerate(self.spans):
             rows, width = slice(start, stop), stop - start
             part = output.narrow(self.channel_dim, start, width)

@@ -75,12 +75,25 @@ class SideAdapter(Adapter, ABC):
     """Reads features and gives what is added to the host's output. Runs under autocast in low precision."""
 
     @abstractmethod
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """What is added, in the shape of the host's output.
+    def forward(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """What is added, in the shape of the host's output; None for nothing, which leaves that output's graph alone.
 
         Args:
             x: what the site's slot reads.
             layout: of ``x``.
+        """
+
+    def compose(self, output: Tensor, added: Tensor) -> Tensor:
+        """The host's output with what :meth:`forward` gave: their sum, where the paper does not say otherwise."""
+        return output + added.to(output.dtype)
+
+    def begin(self) -> None:
+        """Called when the model's forward begins."""
+
+    def arrive(self, given: Tensor, where: str) -> None:
+        """Called with the host's input, the same tensor when a gradient checkpoint runs the host again, and its path.
+
+        It comes right before :meth:`forward`.
         """
 
     def release(self) -> None:
@@ -88,12 +101,25 @@ class SideAdapter(Adapter, ABC):
 
 
 class TokenAdapter(Adapter, ABC):
-    """Puts tokens into the sequence that a host reads and takes them out of what it returns."""
+    """Has tokens that are put into the sequence a host reads and taken out of what it returns.
+
+    Attributes:
+        inside: whether the sequence holds them now, behind a host that put them in and before one that takes them out.
+        carried: (B, p, C), what a host made of them, where the sequence between hosts cannot hold them.
+    """
+
+    inside: bool = False
+    carried: Tensor | None = None
 
     @abstractmethod
-    def insert(self, x: Tensor, layout: Layout) -> Tensor:
-        """(B, N, C) with tokens put in."""
+    def tokens(self, batch: int) -> Tensor:
+        """The tokens for each of ``batch`` images: (batch, p, C)."""
 
+    @property
     @abstractmethod
-    def remove(self, x: Tensor, layout: Layout) -> Tensor:
-        """The host's output without them."""
+    def count(self) -> int:
+        """p."""
+
+    def release(self) -> None:
+        """Forget what was kept from a forward; called when the model's forward ends."""
+        self.inside, self.carried = False, None

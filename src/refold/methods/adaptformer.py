@@ -18,6 +18,7 @@ import torch
 
 from refold.adapters.nonlinear import ACTIVATIONS, Bottleneck
 from refold.methods.base import Method, Plan, are_sites, is_count, is_number, require
+from refold.methods.overrides import are_sizes, as_tuples, require_matched, size_at
 from refold.places import branch_site, branches
 from refold.sites import Site
 from refold.survey import Survey
@@ -35,9 +36,13 @@ class AdaptFormer(Method):
         dropout: before the up projection, in training only.
         activation: between the projections.
         sites: roles (``"mlp"``, ``"attention"``) or paths of residual branches; None is every MLP.
+        overrides: ``(path, hidden)`` of branches that differ, by the path of their last layer as ``explain`` shows
+            it (``*`` allowed); the first that matches holds.
 
     Raises:
         SiteError: a hyper-parameter is out of range.
+
+    Use it where the adapter may stay in the model, for video and for tasks that a linear map does not reach.
     """
 
     hidden: int = 8
@@ -45,9 +50,11 @@ class AdaptFormer(Method):
     dropout: float = 0.1
     activation: str = "relu"
     sites: tuple[str, ...] | str | None = None
+    overrides: tuple[tuple[str, int], ...] = ()
 
     summary: ClassVar[str] = "bottleneck with an activation beside the MLP"
     paper: ClassVar[str] = "arXiv 2205.13535"
+    tasks: ClassVar[str] = "classification, video"
     folds: ClassVar[str] = "no"
 
     def __post_init__(self) -> None:
@@ -56,12 +63,14 @@ class AdaptFormer(Method):
         require(self, "dropout", is_number(self.dropout, 0.0, 0.999), "in [0, 1)")
         require(self, "activation", self.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
         require(self, "sites", are_sites(self.sites), "None, a role or path, or a tuple of them")
+        object.__setattr__(self, "overrides", as_tuples(self.overrides))
+        require(self, "overrides", are_sizes(self.overrides), "a tuple of (path, hidden)")
 
     def plan(self, survey: Survey) -> Plan:
         found, skipped = branches(survey, self.sites, ("mlp",))
+        require_matched([path for path, _ in self.overrides], [branch.exit for branch in found])
         return Plan(tuple(branch_site(survey, branch, "stream") for branch in found), tuple(skipped))
 
     def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> Bottleneck:
-        return Bottleneck(
-            site.width, self.hidden, self.scale, self.dropout, self.activation, device=device, dtype=dtype
-        )
+        hidden = size_at(site.path, self.overrides, self.hidden)
+        return Bottleneck(site.width, hidden, self.scale, self.dropout, self.activation, device=device, dtype=dtype)

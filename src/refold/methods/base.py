@@ -45,6 +45,8 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     #: What of it folds into the backbone's own weights, in a word or two.
     folds: ClassVar[str] = "yes"
+    #: What its paper, or the work that brought it to images, shows it on.
+    tasks: ClassVar[str] = "classification"
 
     @property
     def mergeable(self) -> bool:

@@ -27,8 +27,12 @@ class DoRA(LoRA):
 
     Raises:
         SiteError: a hyper-parameter is out of range.
+
+    Use it instead of :class:`LoRA` where a low rank falls short of full fine-tuning; a training step costs more, as the
+    norms are computed anew in each.
     """
 
     summary: ClassVar[str] = "low-rank change of a weight's direction, and a magnitude for each output channel"
     paper: ClassVar[str] = "arXiv 2402.09353"
+    tasks: ClassVar[str] = "language"
     adapter: ClassVar[type[LowRank]] = Decomposed

@@ -21,6 +21,7 @@ import torch
 from refold.adapters import LowRank, RowBlocks
 from refold.errors import SiteError
 from refold.methods.base import Method, Plan, are_sites, is_count, is_number, require
+from refold.methods.overrides import as_tuples, require_matched
 from refold.sites import Site
 from refold.survey import Survey
 
@@ -44,6 +45,9 @@ class LoRA(Method):
 
     Raises:
         SiteError: a hyper-parameter is out of range.
+
+    Use it for what it is known to: adapters that other libraries read and write (``save_peft``), parts of a joint
+    projection (``rows``), and layers that differ in rank.
     """
 
     rank: int = 8
@@ -55,6 +59,7 @@ class LoRA(Method):
 
     summary: ClassVar[str] = "low-rank addition to a frozen weight"
     paper: ClassVar[str] = "arXiv 2106.09685"
+    tasks: ClassVar[str] = "language, classification"
     adapter: ClassVar[type[LowRank]] = LowRank
 
     def __post_init__(self) -> None:
@@ -63,8 +68,7 @@ class LoRA(Method):
         require(self, "dropout", is_number(self.dropout, 0.0, 0.999), "in [0, 1)")
         require(self, "sites", are_sites(self.sites), "None, a role or path, or a tuple of them")
         require(self, "rows", are_rows(self.rows), 'None or a tuple of "q", "k", "v" and "first:end"')
-        if isinstance(self.overrides, tuple):  # lists, where they come from JSON
-            object.__setattr__(self, "overrides", tuple(tuple(o) if isinstance(o, list) else o for o in self.overrides))
+        object.__setattr__(self, "overrides", as_tuples(self.overrides))
         require(self, "overrides", are_overrides(self.overrides), "a tuple of (path, rank, scale)")
 
     def at(self, path: str) -> tuple[int, float]:
@@ -76,9 +80,7 @@ class LoRA(Method):
 
     def plan(self, survey: Survey) -> Plan:
         layers, skipped = survey.resolve(self.sites, ("attention",), moved=False)
-        for pattern, _, _ in self.overrides:
-            if not any(fnmatchcase(layer.path, pattern) for layer in layers):
-                raise SiteError("none of the adapted layers matches this override", where=pattern, remedy="Correct it")
+        require_matched([pattern for pattern, _, _ in self.overrides], [layer.path for layer in layers])
         sites = tuple(survey.weight_site(layer) for layer in layers)
         for site in sites:
             self._spans(site)

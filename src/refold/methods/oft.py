@@ -36,6 +36,8 @@ class OFT(Method):
 
     Raises:
         SiteError: a hyper-parameter is out of range.
+
+    Use it where the angles between a layer's neurons, and with them what the backbone knows, shall not change.
     """
 
     block: int = 32
@@ -43,6 +45,7 @@ class OFT(Method):
 
     summary: ClassVar[str] = "rotation within blocks of input channels before a frozen projection"
     paper: ClassVar[str] = "arXiv 2306.07280"
+    tasks: ClassVar[str] = "image generation"
 
     def __post_init__(self) -> None:
         require(self, "block", is_count(self.block) and self.block > 1, "an integer above 1")

@@ -43,6 +43,9 @@ class RepAdapter(Method):
 
     Raises:
         SiteError: a hyper-parameter is out of range.
+
+    Use it first where the model must not get slower: it merges exactly, and on any backbone. Search the scale on
+    validation data.
     """
 
     rank: int = 8
@@ -53,6 +56,7 @@ class RepAdapter(Method):
 
     summary: ClassVar[str] = "linear dense-then-grouped adapter before a frozen projection"
     paper: ClassVar[str] = "arXiv 2302.08106"
+    tasks: ClassVar[str] = "classification, video, segmentation"
 
     def __post_init__(self) -> None:
         require(self, "rank", is_count(self.rank), "a positive integer")

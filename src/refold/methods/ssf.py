@@ -36,6 +36,9 @@ class SSF(Method):
 
     Raises:
         SiteError: a hyper-parameter is out of range.
+
+    Use it on backbones of any make: it needs neither attention nor MLP, and folds into norms and depthwise convolutions
+    as well; a training step keeps every operation's output.
     """
 
     sites: tuple[str, ...] | str | None = None

@@ -1,0 +1,154 @@
+"""The unified view: "Towards a Unified View of Parameter-Efficient Transfer Learning" (arXiv 2110.04366).
+
+    h <- h + s dh   (added)      or      h <- (1 - g) h + g s dh   (gated),      dh = U drop(act(D x + a)) + b
+
+in which the published methods are points: where dh reads (``position``: beside what makes h, x its input, or behind
+it, x = h), what h is (``representation`` and ``sites``: what the attention or the MLP puts into the stream, or what
+a projection gives), how they meet (``composition``) and how strongly (``scale``).
+
+    scaled parallel adapter, MAM's own part     Unified()
+    AdaptFormer                                 Unified(reads="stream", scale=0.1, dropout=0.1)
+    Adapter, as Pfeiffer has it                 Unified(position="sequential", scale=1.0)
+    LoRA                                        Unified(representation="projection", scale=1.0, activation="identity")
+
+D Kaiming-uniform, the rest zero: the backbone at the start; gated, g zero and U as D. ``Unified()`` has 156,768
+parameters on ViT-B/16, as AdaptFormer; the paper takes hidden=512 for its text models. g is one learned number a place.
+It folds without an activation where h is what a projection gives, and added: beside it as LoRA (then without a and b,
+which would be one constant), behind it as Adapter.
+
+Not here: MAM's other part, 30 learned keys and values in front of each attention's own (prefix tuning). An attention
+module makes its keys and values inside its own forward, often in one fused call, and refold replaces no forward. The
+nearest there is are prompts, of which the backbone makes keys and values itself, as ``Compose([VPT(), Unified()])``.
+Layouts: channels last and channels first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from refold.adapters import Adapter, LowRank
+from refold.adapters.nonlinear import ACTIVATIONS, Bottleneck, GatedBottleneck
+from refold.errors import SiteError
+from refold.methods.base import Method, Plan, is_count, require
+from refold.methods.insertion import behind, is_reached, last_layers, linear
+from refold.methods.weight import check_usual, noted
+from refold.places import block_site, branch_site, branches
+from refold.sites import Layer, Site
+from refold.survey import Survey
+
+__all__ = ["Unified"]
+
+_CHOICES = {
+    "position": ("parallel", "sequential"),
+    "representation": ("branch", "projection"),
+    "reads": ("normed", "stream"),
+    "composition": ("add", "gated"),
+    "activation": tuple(ACTIVATIONS),
+}
+
+
+@dataclass(frozen=True)
+class Unified(Method):
+    """A bottleneck anywhere: beside or behind, of a residual branch or a projection, added or gated.
+
+    Args:
+        hidden: inner width h.
+        scale: s.
+        position: ``"parallel"`` (reads what goes in) or ``"sequential"`` (reads what comes out).
+        representation: what it changes, ``"branch"`` (what a residual branch adds to the stream) or ``"projection"``
+            (what a layer gives).
+        reads: beside a branch, the stream behind the branch's norm (``"normed"``) or before it (``"stream"``).
+        composition: ``"add"`` or ``"gated"`` (it takes the place of a learned part, zero at the start).
+        activation: between the projections; ``"identity"`` for none.
+        dropout: on the h numbers, in training only; as LoRA, on the input.
+        sites: roles (``"attention"``, ``"mlp"``) or paths (``*`` allowed), of branches or of layers; None is the MLP's
+            branch, of projections the attention's first.
+
+    Raises:
+        SiteError: a hyper-parameter is out of range.
+
+    Use it to find out which of the choices a task rewards; for one published method take that method.
+    """
+
+    hidden: int = 8
+    scale: float = 4.0
+    position: str = "parallel"
+    representation: str = "branch"
+    reads: str = "normed"
+    composition: str = "add"
+    activation: str = "relu"
+    dropout: float = 0.0
+    sites: tuple[str, ...] | str | None = None
+
+    summary: ClassVar[str] = "bottleneck beside or behind anything, added or gated; MAM's scaled parallel adapter"
+    paper: ClassVar[str] = "arXiv 2110.04366"
+    folds: ClassVar[str] = "without activation"
+    tasks: ClassVar[str] = "language"
+
+    def __post_init__(self) -> None:
+        check_usual(self)
+        require(self, "hidden", is_count(self.hidden), "a positive integer")
+        for name, choices in _CHOICES.items():
+            require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+
+    @property
+    def mergeable(self) -> bool:
+        on_layer = self.position == "sequential" or self.representation == "projection"
+        return self.activation == "identity" and self.composition == "add" and on_layer
+
+    def plan(self, survey: Survey) -> Plan:
+        if self.representation == "projection":
+            layers, skipped = survey.resolve(self.sites, ("attention",), moved=False)
+        elif self.position == "sequential":
+            layers, skipped = last_layers(survey, self.sites, ("mlp",))
+        else:
+            found, skipped = branches(survey, self.sites, ("mlp",))
+            return Plan(tuple(branch_site(survey, branch, self.reads) for branch in found), tuple(skipped))
+        if self.position == "sequential":
+            sites = [behind(survey, layer, folds=self.mergeable, dropout=self.dropout) for layer in layers]
+        else:
+            sites = [self._beside(survey, layer) for layer in layers]
+        return Plan(tuple(sites), tuple(skipped))
+
+    def _beside(self, survey: Survey, layer: Layer) -> Site:
+        """The site of a bottleneck from what ``layer`` reads to what it gives."""
+        if self.mergeable:
+            site = survey.weight_site(layer)
+            dropped = self.dropout and site.owner is not None
+            return noted(site, "no dropout: the weight itself is replaced") if dropped else site
+        if not is_reached(layer):
+            raise SiteError(
+                "its input and output cannot be reached, only its weight",
+                where=layer.path,
+                remedy='Use activation="identity" and composition="add", or other sites',
+            )
+        site, op = block_site(survey, layer.path, "parallel"), layer.operator
+        given, made = survey.trace.inputs[layer.path], survey.trace.shapes[layer.path]
+        if given[op.channel_dim + 1 or len(given) :] != made[op.channel_dim + 1 or len(made) :]:
+            raise SiteError(
+                "its output has other positions than its input, which a bottleneck cannot follow",
+                where=layer.path,
+                remedy='Use activation="identity" and composition="add", or other sites',
+            )
+        return replace(site, width=op.in_width, out_width=op.out_width, role=layer.role)
+
+    def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> Adapter:
+        if site.slot == "weight":
+            options = {"channel_dim": site.channel_dim, "device": device, "dtype": dtype}
+            return LowRank(site.weight_shape, self.hidden, self.scale, self.dropout, **options)
+        if site.route is None:
+            return linear(site, self.hidden, self.scale, self.dropout, "lora", device, dtype)
+        kind = GatedBottleneck if self.composition == "gated" else Bottleneck
+        return kind(
+            site.width,
+            self.hidden,
+            self.scale,
+            self.dropout,
+            self.activation,
+            out_width=site.out_width,
+            device=device,
+            dtype=dtype,
+        )
