@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 # `auto` would take every core of a shared machine; two workers suit the small models the tests use.
 JOBS ?= 2
 
-.PHONY: help install demo test test-all lint types format bench bench-families bench-speed bench-accuracy clean
+.PHONY: help install demo test test-all lint types format docs bench bench-families bench-speed bench-accuracy bench-search clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,7 +46,10 @@ format: $(STAMP)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-families bench-speed bench-accuracy  ## every benchmark; hours on two cores, resumable
+docs: $(STAMP)  ## docs/methods: a page and a picture for each method, from the sources
+	$(BIN)/python benchmarks/method_pages.py
+
+bench: bench-families bench-speed bench-accuracy bench-search  ## every benchmark; hours on two cores, resumable
 
 bench-families: $(BENCH_STAMP)  ## every backbone family and method, exact or not, and PEFT; under 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --jobs $(JOBS)
@@ -56,6 +59,9 @@ bench-speed: $(BENCH_STAMP)  ## latency, training step, stored bytes and epoch t
 
 bench-accuracy: $(BENCH_STAMP)  ## every method on ELPV, the best six on two more data sets, three seeds; costs; docs/methods
 	$(BIN)/python benchmarks/accuracy.py
+
+bench-search: $(BENCH_STAMP)  ## NOAH against random search at equal budget on ELPV; docs/search.md
+	$(BIN)/python benchmarks/search.py
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache

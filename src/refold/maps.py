@@ -31,6 +31,8 @@ _QUANTIZED = frozenset(
 
 def is_quantized(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a quantized weight of torchao or bitsandbytes."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):  # most are: torch.compile cannot follow what comes below
+        return False
     return any(f"{cls.__module__}.{cls.__qualname__}" in _QUANTIZED for cls in type(tensor).__mro__)
 
 

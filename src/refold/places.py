@@ -186,14 +186,30 @@ def branch_site(survey: Survey, branch: Branch, slot: str) -> Site:
         raise SiteError("no module reads the residual stream here", where=branch.exit, remedy="Choose other sites")
     if slot == "normed" and not _keeps_shape(survey, branch.entry):
         slot = "stream"  # a branch without a norm in front reads the stream itself
-    shape = survey.trace.shapes.get(branch.exit)
-    last = projection(survey, branch)
-    width = 0 if last is None else last.operator.out_width
-    if last is not None and KINDS[last.kind].name == "attention":
-        width = last.operator.in_width
+    turns = reads and branch.exit in survey.trace.repeated
+    shape = _shape(survey, branch.exit) if reads else survey.trace.shapes.get(branch.exit)
     if shape is None:
         raise SiteError("it is called more than once in a forward", where=branch.exit, remedy="Choose other sites")
-    return _site(survey, branch.exit, slot, shape, width, branch.source if reads else "", branch.role)
+    site = _site(survey, branch.exit, slot, shape, _width(survey, branch), branch.source if reads else "", branch.role)
+    if not turns:
+        return site
+    assert site.route is not None
+    return replace(site, tag=branch.source.replace(".", "-"), route=replace(site.route, turns=True))
+
+
+def _width(survey: Survey, branch: Branch) -> int:
+    """Channels of the stream: of the layer that reads it, or of the one that writes to it; 0 if there is neither."""
+    first, last = survey.layers.get(branch.entry), projection(survey, branch)
+    if first is not None:
+        return first.operator.in_width
+    if last is None:
+        return 0
+    return last.operator.in_width if KINDS[last.kind].name == "attention" else last.operator.out_width
+
+
+def _shape(survey: Survey, path: str) -> tuple[int, ...] | None:
+    """Of what the module returns, if that is one shape."""
+    return survey.trace.shapes.get(path, survey.trace.repeated.get(path))
 
 
 def _keeps_shape(survey: Survey, path: str) -> bool:
@@ -256,7 +272,7 @@ def on_grid(survey: Survey, sites: Iterable[Site]) -> tuple[list[Site], list[Ski
     """
     found, skipped = [], []
     for site in sites:
-        flat = len(survey.trace.shapes.get(site.path, ())) == 3 and not (site.route and site.route.grid)
+        flat = len(_shape(survey, site.path) or ()) == 3 and not (site.route and site.route.grid)
         if flat:
             skipped.append(Skipped(site.path, "nothing shows how its tokens lie on a grid"))
         else:

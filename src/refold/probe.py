@@ -64,6 +64,7 @@ class Trace:
         branches: the residual branches, in the order of the forward.
         shapes: module path -> shape of what it returned first, for the modules called once.
         inputs: module path -> shape of what it was given first, for the modules called once.
+        repeated: module path -> shape of what it returns at every call, for those called several times.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -75,6 +76,7 @@ class Trace:
     branches: list[Branch] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    repeated: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def example_input(model: nn.Module) -> Example:
@@ -357,6 +359,8 @@ def _find_branches(
     once = [path for path, calls in result.calls.items() if calls == 1]
     result.inputs = {p: tuple(inputs[p][0].tensor.shape) for p in once if inputs[p]}
     result.shapes = {p: tuple(outputs[p][0].tensor.shape) for p in once if outputs[p]}
+    found = {p: {tuple(value.tensor.shape) for value in outputs[p]} for p, calls in result.calls.items() if calls > 1}
+    result.repeated = {p: shapes.pop() for p, shapes in found.items() if len(shapes) == 1}
     around = {parent for p in result.calls if p for parent in _parents(p)}
     leaves = frozenset(p for p in once if p not in around)  # no child ran: an adapter on it is none, either
     result.branches = residual_branches(ends, _by_producer(inputs), _by_producer(outputs), leaves)

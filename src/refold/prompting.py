@@ -22,6 +22,7 @@ from refold.errors import SiteError
 from refold.places import block_site, blocks, covers
 from refold.positions import keeps_positions
 from refold.probe import forward, preserved, tensors_of
+from refold.residuals import Branch
 from refold.sides import map_output
 from refold.sites import Route, Site, Skipped
 from refold.survey import Survey
@@ -74,6 +75,7 @@ def token_hosts(survey: Survey, sites: str | Iterable[str] | None) -> tuple[list
     held = {host.block for host in found}
     reason = "its features are maps, not a sequence of tokens, and no attention on windows of them follows a norm"
     skipped += [Skipped(path, reason) for path in maps if path not in held]
+    skipped += [Skipped(b.inside[-1], "no module gives the result of this residual branch") for b in _homeless(survey)]
     if sites is not None:
         names = (sites,) if isinstance(sites, str) else tuple(sites)
         found = [host for host in found if any(covers(name, host.site.path) for name in names)]
@@ -86,6 +88,16 @@ def token_hosts(survey: Survey, sites: str | Iterable[str] | None) -> tuple[list
         first = next((s for s in skipped if s.path in maps), skipped[0])
         raise SiteError(first.reason, where=first.path, remedy="Choose a method without prompts")
     return found, skipped
+
+
+def _homeless(survey: Survey) -> list[Branch]:
+    """Residual branches that are in no block."""
+    known = blocks(survey)
+    return [
+        branch
+        for branch in survey.trace.branches
+        if not branch.exit and not any(branch.inside[-1].startswith(f"{path}.") for path in known)
+    ]
 
 
 def _windows(survey: Survey, path: str) -> TokenHost | None:

@@ -78,11 +78,26 @@ class Wire:
 
     def run(self, x: Tensor) -> Tensor | None:
         """What the adapter adds, for features ``x``."""
-        adapter, noise = self.adapter, self.slot.noise
+        adapter = self.adapter
         assert isinstance(adapter, SideAdapter)
         with _precision(x):
-            added = adapter(x, self.layout())
-        return added if noise is None or added is None else noise(added, self.site.channel_dim)
+            return adapter(x, self.layout())
+
+    def join(self, features: Tensor, delta: Tensor | None) -> Tensor:
+        """``features`` with what :meth:`run` gave."""
+        adapter, noise = self.adapter, self.slot.noise
+        assert isinstance(adapter, SideAdapter)
+        if delta is None:
+            return features
+        if delta.shape != features.shape:
+            raise SiteError(
+                f"its adapter gives {tuple(delta.shape)} where the host returns {tuple(features.shape)}",
+                where=self.site.path,
+                remedy="Choose other sites",
+            )
+        if noise is None:
+            return adapter.compose(features, delta)
+        return noise.around(partial(adapter.compose, added=delta), features, channel_dim=self.site.channel_dim)
 
 
 def _precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -143,6 +158,8 @@ def _leave_tokens(wire: Wire, adapter: TokenAdapter, output: Any) -> Any:
 def leave(wire: Wire, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The host's output with what the adapter adds."""
     adapter, slot = wire.adapter, wire.site.slot
+    if wire.site.route is not None and wire.site.route.turns and wire.value is None:
+        return output  # another branch's turn
     if not wire.used:
         wire.used = True
     if isinstance(adapter, TokenAdapter):
@@ -150,22 +167,17 @@ def leave(wire: Wire, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     assert isinstance(adapter, SideAdapter)
     adapter.arrive(_first(args, kwargs), wire.site.path)
     if slot == "output":
-        return map_output(output, lambda y: _joined(adapter, y, wire.run(y)))
+        return map_output(output, lambda y: wire.join(y, wire.run(y)))
     if slot == "sum":
         stream = wire.take()
-        return map_output(output, lambda y: _joined(adapter, y, wire.run(stream + y)))
+        return map_output(output, lambda y: wire.join(y, wire.run(stream + y)))
     if slot == "parallel":
         delta = wire.run(_first(args, kwargs))
     elif slot == "before":  # computed where the branch began
         delta = wire.take()
     else:
         delta = wire.run(wire.take())
-    return map_output(output, lambda y: _joined(adapter, y, delta))
-
-
-def _joined(adapter: Adapter, features: Tensor, delta: Tensor | None) -> Tensor:
-    assert isinstance(adapter, SideAdapter)
-    return features if delta is None else adapter.compose(features, delta)
+    return map_output(output, lambda y: wire.join(y, delta))
 
 
 def map_output(output: Any, fn: Callable[[Tensor], Tensor]) -> Any:
@@ -208,7 +220,7 @@ def _read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         if found.site.slot == "before":
             assert found.value is not None
             found.value = delta = found.run(found.value)
-            args, kwargs = _map_input(args, kwargs, partial(_joined, found.adapter, delta=delta))
+            args, kwargs = _map_input(args, kwargs, partial(found.join, delta=delta))
             changed = True
     return (args, kwargs) if changed else None
 

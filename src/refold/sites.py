@@ -48,6 +48,7 @@ class Route:
             end; "" where one host sees them alone.
         positions: paths below the host of the modules that keep positions of its tokens.
         patch: pixels of the patch that a token stands for.
+        turns: whether the host is called for other branches as well: the adapter acts when its stream has been read.
     """
 
     source: str = ""
@@ -57,6 +58,7 @@ class Route:
     span: str = ""
     positions: tuple[str, ...] = ()
     patch: int = 0
+    turns: bool = False
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):  # hooks, mostly none
         return tuple(map(id, value.values()))
     if isinstance(value, (tuple, set)):
-        return tuple(map(_plain, value))
+        return type(value), frozenset(map(_plain, value)) if isinstance(value, set) else tuple(map(_plain, value))
     return id(value)
 
 

@@ -259,3 +259,13 @@ def test_autocast_computes_the_same_to_its_precision(name):
     exact = model.eval()(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert relative(model(x), exact) < 4e-2
+
+
+@pytest.mark.parametrize("name", ["RLRR", "GLoRA"])
+def test_reading_the_frozen_weight_breaks_no_graph(name):
+    model = attached(build("vit"), METHODS[name]).eval()
+    x = images(model)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert relative(compiled(x), model(x)) < 1e-6
+    torch.compiler.reset()

@@ -150,6 +150,40 @@ def test_no_graph_break_is_added(method, family, training):
     assert graph_breaks(model, x) == expected
 
 
+# As above: the tracer asks for the gradient of what hooks pass on.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("family", FAMILIES[:3])
+@pytest.mark.parametrize(
+    "method",
+    [
+        refold.DTL(start=1, plus=True),
+        refold.LST(reduction=2),
+        refold.Adapter(variant="adapter+", dropout=0.0),
+        refold.Unified(composition="gated", hidden=4),
+        refold.LoRand(rank=2),
+        refold.Mona(hidden=4, dropout=0.0),
+    ],
+    ids=lambda m: m.describe(),
+)
+def test_adapters_in_a_row_are_traced_whole(method, family):
+    """Compiled in one graph, gradients included, and exported."""
+    model = refold.attach(build(family), method)
+    perturb(refold.trainable_parameters(model))
+    x = images(model)
+    expected = model(x)
+    expected.pow(2).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in refold.trainable_parameters(model).items()}
+    model.zero_grad()
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected)
+    found.pow(2).sum().backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), expected)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's exporter has many to give
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)

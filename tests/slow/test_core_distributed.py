@@ -6,6 +6,7 @@ import itertools
 import socket
 import tempfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import refold
+from refold.perturbation import Noise
+from refold.training.consistency import Consistency
 from zoo import build, images, perturb
 
 pytestmark = pytest.mark.slow
@@ -99,14 +102,32 @@ def fully_sharded(rank: int, family: str, method: refold.Method, folder: Path) -
         assert refold.merge(gathered).rel_l2 < 1e-5
 
 
+def two_noisy_passes(rank: int, family: str, method: refold.Method, folder: Path) -> None:
+    """PACE's two passes before one backward: gradients are exchanged once, and are those of both passes."""
+    alone, model = trained(family, method), trained(family, method)
+    mine = images(model, count=2 * PROCESSES)[2 * rank : 2 * rank + 2]
+    wrapper = DistributedDataParallel(model)
+    for inside, run, first_alone in ((alone, alone, nullcontext()), (model, wrapper, wrapper.no_sync())):
+        consistency = Consistency(0.5, Noise(0.5, torch.device("cpu")), inside)
+        consistency.start(rank)
+        with consistency.step():
+            first, second = consistency.passes(lambda run=run: run(mine), first_alone)
+            (first.pow(2).mean() + consistency.penalty(first, second)).backward()
+    for name, value in refold.trainable_parameters(alone).items():
+        expected = value.grad.clone()
+        dist.all_reduce(expected)
+        torch.testing.assert_close(model.get_parameter(name).grad, expected / PROCESSES, rtol=1e-3, atol=1e-5)
+
+
 def work(rank: int, port: int, case: str, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=PROCESSES)
     try:
-        for family, method in itertools.product(FAMILIES, METHODS):
+        run, families, methods = CASES[case]
+        for family, method in itertools.product(families, methods):
             try:
-                CASES[case](rank, family, method, Path(folder))
+                run(rank, family, method, Path(folder))
             except Exception as error:
                 error.add_note(f"{family}, {method}")
                 raise
@@ -115,7 +136,12 @@ def work(rank: int, port: int, case: str, folder: str) -> None:
         dist.destroy_process_group()
 
 
-CASES = {"DDP": distributed_data_parallel, "FSDP2": fully_sharded}
+ROWS = [refold.DTL(start=1), refold.LST(reduction=2)]
+CASES = {
+    "DDP": (distributed_data_parallel, FAMILIES, METHODS),
+    "DDP, two passes": (two_noisy_passes, FAMILIES[:3], [*METHODS[:2], *ROWS]),
+    "FSDP2": (fully_sharded, FAMILIES, METHODS),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

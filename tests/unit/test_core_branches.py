@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 import refold
+from refold.adapters import Layout
 from refold.places import blocks, branch_site, branches, projection, stages
 from refold.state import state_of
 from refold.survey import Survey
@@ -70,6 +72,26 @@ def test_what_is_added_is_by_hand_what_the_paper_says():
             s = s + e(s) + side("e", s)
             expected = a(s).mean(1)
     assert torch.allclose(model(x), model.out(expected), atol=1e-12)
+
+
+def test_branches_that_end_in_one_module_take_turns():
+    """timm's Mixer ends both branches of a block in one module, behind a transpose: by hand, against the reference."""
+    torch.manual_seed(0)
+    model = MlpMixer(2, img_size=64, patch_size=32, num_blocks=1, embed_dim=16, drop_path_rate=0.1)
+    model, x = model.double().eval(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    refold.attach(model, refold.Convpass(hidden=3, dropout=0.0), example=x)
+    keys = [site.key for site in state_of(model).record().sites]
+    assert keys == ["blocks.0.drop_path@blocks-0-norm1", "blocks.0.mlp_channels.drop2"]  # the first is called twice
+    perturb(refold.trainable_parameters(model), 0.5)
+    block, layout = model.blocks[0], Layout(-1, 0, (2, 2))
+    (first,), (second,) = (m.refold.values() for m in (block.drop_path, block.mlp_channels.drop2))
+    with torch.no_grad(), refold.disabled(model):
+        s = model.stem(x)
+        s = s + block.mlp_tokens(block.norm1(s).transpose(1, 2)).transpose(1, 2) + first(block.norm1(s), layout)
+        s = s + block.mlp_channels(block.norm2(s)) + second(block.norm2(s), layout)
+        expected = model.norm(s).mean(1)
+    with torch.no_grad():
+        assert torch.allclose(model.forward_features(x).mean(1), expected, atol=1e-12)
 
 
 def test_a_second_adapter_finds_the_same_places():

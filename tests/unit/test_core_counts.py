@@ -44,6 +44,8 @@ def weights(model: nn.Module) -> int:
         (refold.Partial(), 7_089_408),  # 12 d^2 + 13 d of a block, 2 d of the final norm
         (refold.Partial(blocks=2), 2 * 7_087_872 + 1_536),
         (refold.SSF(), 205_824),
+        (refold.VPT(tokens=100), 921_600),
+        (refold.VPT(tokens=100, deep=False), 76_800),
         (refold.FacT(form="tt", rank=4), 8_448),
         (refold.FacT(form="tt", rank=8), 21_504),
         (refold.FacT(form="tt"), 61_440),

@@ -6,7 +6,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -187,6 +189,21 @@ def test_low_precision_export_and_files(tmp_path):
     low = refold.attach(oblong().eval().bfloat16(), METHOD)
     assert {p.dtype for n, p in low.named_parameters() if "refold" in n} == {torch.float32}
     assert low(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_weights_that_another_module_reads_do_not_hide_the_width():
+    """BEiT's attention multiplies by the weight of its qkv itself, which three widths leave."""
+    model = Beit(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    told = refold.explain(refold.attach(model.eval(), METHOD)).rows
+    assert [row.width for row in told if row.slot != "head"] == [16, 16]
+
+
+def test_the_grid_is_seen_before_the_branch_runs():
+    """A stage of PVT returns its maps behind the blocks that would need to know their size."""
+    model = timm.create_model("pvt_v2_b0", num_classes=3, depths=(1, 1, 1, 1), drop_path_rate=0.0).eval()
+    refold.attach(model, METHOD, example=torch.randn(1, 3, 64, 64))
+    assert len(adapters(model)) == 8
+    assert model(torch.randn(1, 3, 96, 64)).shape == (1, 3)
 
 
 def test_branches_without_a_grid_are_left_out():

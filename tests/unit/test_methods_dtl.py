@@ -196,12 +196,31 @@ def test_without_a_grid_the_convolution_is_refused():
     assert model(example).requires_grad
 
 
-def test_the_counts_are_the_papers():
+def on_cpu(name: str, **options: object) -> nn.Module:
+    """The real architecture at zero: only shapes matter."""
     with torch.device("meta"):
-        model = timm.create_model("vit_base_patch16_224", img_size=32, num_classes=0)
+        model = timm.create_model(name, num_classes=0, **options)
     model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            value.zero_()
+    return model
+
+
+def test_the_counts_are_the_papers():
+    model = on_cpu("vit_base_patch16_224", img_size=32)
     for method, expected in ((refold.DTL(), 36_864), (refold.DTL(plus=True), 43_776), (refold.DTL(rank=4), 73_728)):
         refold.attach(model, method)
         assert sum(p.numel() for p in refold.trainable_parameters(model).values()) == expected
         assert [row.role for row in refold.explain(model).rows].count("stage 1, added") == 6  # from block 7 on
-        refold.detach(model).requires_grad_(False)
+        refold.detach(model)
+
+
+def test_the_count_on_swin_b_is_the_released_codes():
+    """Rank 4, maps from the fifth block on, the state back from the fifteenth: the printed 0.09M."""
+    model = refold.attach(
+        on_cpu("swin_base_patch4_window7_224", img_size=64, window_size=2), refold.DTL(rank=4, start=15)
+    )
+    assert sum(p.numel() for p in refold.trainable_parameters(model).values()) == 2 * 4 * (18 * 512 + 2 * 1024)
+    roles = [row.role for row in refold.explain(model).rows]
+    assert roles == ["stage 3"] * 10 + ["stage 3, added"] * 8 + ["stage 4, added"] * 2

@@ -74,6 +74,26 @@ def test_four_stages_and_the_closed_formula(name, widths, size):
     assert [row.parameters for row in rows] == [2 * d * 64 + 27 * 64 + d for d in widths]
 
 
+class Squeezed(nn.Module):
+    """A residual block on maps of 8 columns whose squeeze has 8 channels, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.reduce = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 8, 1)
+        self.gate, self.project = nn.Conv2d(8, 32, 1), nn.Conv2d(32, 16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.expand(x)
+        return x + self.project(wide * self.gate(self.reduce(wide.mean((2, 3), keepdim=True))).sigmoid())
+
+
+def test_maps_with_as_many_columns_as_a_squeeze_has_channels():
+    model = nn.Sequential(nn.Conv2d(3, 16, 4, 4), Squeezed(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
+    refold.attach(model, METHOD, example=torch.randn(1, 3, 32, 32), trainable=("4",))
+    assert [row.width for row in refold.explain(model).rows if row.slot == "output"] == [16]
+    assert model(torch.randn(1, 3, 48, 64)).shape == (1, 2)
+
+
 def test_the_start_is_the_backbone_and_every_part_trains():
     model = build("convnext")
     x = images(model, 4)

@@ -202,6 +202,6 @@ def test_it_compiles(method):
     x = images(model)
     with torch.no_grad():
         expected = model(x)
-        compiled = torch.compile(model, backend="eager", fullgraph=False)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert relative(compiled(x), expected) < 1e-12
     torch.compiler.reset()

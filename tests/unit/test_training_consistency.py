@@ -180,6 +180,30 @@ def test_a_side_adapter_gets_noise_on_what_it_adds() -> None:
     assert not torch.allclose(leaving[1], stream)
 
 
+def test_a_gated_adapter_gets_noise_on_the_whole_of_its_change() -> None:
+    """``h + g (a - h)`` becomes ``h + z g (a - h)``."""
+    method = refold.Unified(hidden=4, scale=1.0, composition="gated", activation="relu", sites="mlp")
+    model = refold.attach(build("vit", torch.float64), method)
+    perturb(refold.trainable_parameters(model), 0.3)
+    path, slot = next(iter(hosted(model).items()))
+    plain, noisy = [], []
+    for seen in (plain, noisy):
+        handle = model.get_submodule(path).register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output.detach())
+        )
+        if seen is plain:
+            model(images(model))
+            slot.active = None
+            model(images(model))
+            slot.active = "default"
+        else:
+            passes(model, images(model), seed=2)
+        handle.remove()
+    adapted, bare = plain
+    expected = bare.numpy() + Draws(2, 2)(32, maps=False) * (adapted - bare).numpy()
+    np.testing.assert_allclose(noisy[0].numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_both_passes_see_the_same_dropout_and_drop_path() -> None:
     """Without noise nothing differs, and the random numbers behind the step are those behind one pass."""
     model = refold.attach(build("swin"), refold.RepAdapter(rank=4, dropout=0.5)).train()
@@ -300,6 +324,7 @@ def test_it_changes_what_is_learned_and_a_resumed_run_is_the_same_to_the_bit(tmp
     [
         ("open_clip_tower", refold.LoRA(), "its adapter replaces the stored weight and adds nothing"),
         ("vit", refold.SSF(), "its adapter replaces the stored weight and adds nothing"),
+        ("vit", refold.VPT(tokens=2), "its adapter puts in tokens and adds nothing"),
         ("vit", refold.BitFit(), "BitFit has no adapters whose results could be perturbed"),
         ("vit", refold.LinearProbe(), "LinearProbe has no adapters whose results could be perturbed"),
     ],

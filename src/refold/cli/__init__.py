@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from refold.cli import adapt, demo, shelf, ship
+from refold.cli import adapt, demo, search, shelf, ship
 from refold.cli.console import error
 from refold.errors import RefoldError
 
@@ -26,6 +26,7 @@ for command in (
     adapt.train,
     adapt.evaluate,
     adapt.predict,
+    search.search,
     ship.merge,
     ship.export,
     ship.explain,

@@ -10,68 +10,84 @@ from typing import Annotated
 import typer
 
 from refold.cli.console import console, error
-from refold.cli.finish import measure_cost, write_certificate
-from refold.cli.options import Adapter, Force, Weights, parse_method
+from refold.cli.finish import show_result, stopped
+from refold.cli.options import (
+    BACKBONE,
+    Adapter,
+    Augment,
+    BatchSize,
+    Data,
+    Epochs,
+    Force,
+    HeadRate,
+    ImageSize,
+    LearningRate,
+    Model,
+    Precision,
+    Pretrained,
+    Resume,
+    Seed,
+    Select,
+    Split,
+    Target,
+    TestList,
+    TrainList,
+    ValList,
+    Weights,
+    parse_method,
+)
 
 __all__ = ["evaluate", "predict", "train"]
-
-Data = Annotated[
-    str,
-    typer.Argument(
-        help="A folder with a folder per class, a CSV, VTAB-style lists, or packaged/elpv, packaged/textile.",
-        metavar="DATA",
-    ),
-]
 
 
 def train(
     data: Data,
-    model: Annotated[str, typer.Option("--model", "-m", help="Backbone spec; see `refold models`.")] = (
-        "timm/vit_base_patch16_224.augreg_in21k"
-    ),
+    model: Model = BACKBONE,
     method: Annotated[
         str, typer.Option(help="Method and hyper-parameters, for example 'RepAdapter(scale=5)'.")
     ] = "RepAdapter",
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.")] = Path("runs/train"),
     weights: Weights = None,
-    train_list: Annotated[
-        str | None, typer.Option("--train", help="Explicit training split, relative to DATA.")
+    start: Annotated[
+        Path | None, typer.Option(help="Adapter file of the same method whose weights training starts from.")
     ] = None,
-    val_list: Annotated[str | None, typer.Option("--val", help="Explicit validation split.")] = None,
-    test_list: Annotated[str | None, typer.Option("--test", help="Explicit test split.")] = None,
-    target: Annotated[str | None, typer.Option(help="Target column of a CSV.")] = None,
-    split: Annotated[
-        tuple[float, float, float],
-        typer.Option(help="Shares (or counts) of train, val and test where DATA has no splits of its own."),
-    ] = (0.8, 0.2, 0.0),
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Images a step, over all processes.")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of the adapter.")] = 1e-3,
-    head_lr: Annotated[float | None, typer.Option(help="Peak learning rate of the head; as --lr if not given.")] = None,
+    train_list: TrainList = None,
+    val_list: ValList = None,
+    test_list: TestList = None,
+    target: Target = None,
+    split: Split = (0.8, 0.2, 0.0),
+    epochs: Epochs = 100,
+    batch_size: BatchSize = 64,
+    lr: LearningRate = 1e-3,
+    head_lr: HeadRate = None,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW; biases and norms are left out.")] = 1e-4,
     warmup_epochs: Annotated[float | None, typer.Option(help="A tenth of --epochs if not given.")] = None,
     drop_path: Annotated[float, typer.Option(help="Stochastic depth of the backbone.")] = 0.1,
     label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
     mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0 is off.")] = 0.0,
     cutmix: Annotated[float, typer.Option(help="Alpha of cutmix; 0 is off.")] = 0.0,
-    augment: Annotated[
-        str, typer.Option(help="none, flip, light, randaugment, or a timm preset such as rand-m7-n4.")
-    ] = "none",
+    augment: Augment = "none",
     class_weights: Annotated[str | None, typer.Option(help="'balanced' weighs classes by inverse frequency.")] = None,
     clip_grad: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
-    image_size: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")] = None,
+    consistency: Annotated[
+        float, typer.Option(help="PACE: weight of the distance between two noisy passes; 0 is off. Two passes a step.")
+    ] = 0.0,
+    consistency_noise: Annotated[
+        float, typer.Option(help="PACE: standard deviation of the noise on what the adapters add.")
+    ] = 0.0,
+    precision: Precision = "auto",
+    image_size: ImageSize = None,
     in_chans: Annotated[int | None, typer.Option(help="Input channels.")] = None,
     normalize: Annotated[str, typer.Option(help="model, imagenet, inception or none.")] = "model",
     crop: Annotated[str, typer.Option(help="squash (the VTAB resize) or center.")] = "squash",
-    select: Annotated[str | None, typer.Option(help="Validation metric that chooses the best epoch.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the order, augmentation, dropout and initialisation.")] = 0,
+    select: Select = None,
+    seed: Seed = 0,
     workers: Annotated[int, typer.Option(help="Processes that decode data sets too large for memory.")] = 0,
-    pretrained: Annotated[bool, typer.Option("--pretrained/--random-weights", help="Backbone weights.")] = True,
+    pretrained: Pretrained = True,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Leave out files that cannot be decoded, and list them.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Train an adapter for your images; the best epoch on validation is kept, test is scored once.
 
@@ -79,7 +95,6 @@ def train(
     """
     from accelerate import PartialState
 
-    from refold.report import tables, write_report
     from refold.training import TrainConfig
     from refold.training import train as run
 
@@ -89,6 +104,7 @@ def train(
         method=parse_method(method),
         output=str(output),
         weights=None if weights is None else str(weights),
+        start=None if start is None else str(start),
         train=train_list,
         val=val_list,
         test=test_list,
@@ -107,6 +123,8 @@ def train(
         augment=augment,
         class_weights=class_weights,
         clip_grad=clip_grad,
+        consistency=consistency,
+        consistency_noise=consistency_noise,
         precision=precision,
         image_size=image_size,
         in_chans=in_chans,
@@ -121,18 +139,10 @@ def train(
     try:
         result = run(config, resume=resume, progress=None)
     except KeyboardInterrupt as stop:
-        for note in getattr(stop, "__notes__", ["Stopped."]):
-            error(note)
-        raise typer.Exit(130) from None
+        raise stopped(stop) from None
     if not PartialState().is_main_process:  # under `accelerate launch` one process reports
         return
-    for entry in result.summary["skipped"]:
-        error(f"skipped {entry['path']}: {entry['reason']}")
-    if config.method.mergeable:
-        write_certificate(result.model, output)
-    measure_cost(result.model, result.preprocessing, output, batches=(1,), mergeable=config.method.mergeable)
-    console.print(tables.results_table({config.method.describe(): result.summary}))
-    console.print(f"Report: {write_report(output)}\nAdapter: {output / 'adapter.safetensors'}")
+    show_result(result, config.method, output)
 
 
 def evaluate(

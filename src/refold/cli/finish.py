@@ -1,4 +1,4 @@
-"""What follows training in ``train`` and ``demo``: the certificate, the cost, and the report that shows them."""
+"""What follows training in ``train``, ``search`` and ``demo``: certificate, cost, and the report that shows them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,40 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import typer
 from torch import nn
 
 import refold
 from refold.certificate import certify
-from refold.cli.console import console
+from refold.cli.console import console, error
 
-__all__ = ["measure_cost", "write_certificate"]
+if TYPE_CHECKING:
+    from refold.training import TrainResult
+
+__all__ = ["measure_cost", "show_result", "stopped", "write_certificate"]
+
+
+def show_result(result: TrainResult, method: refold.Method, folder: Path) -> None:
+    """Certify and measure what was trained, print its results, and write the report of its run folder."""
+    from refold.report import tables, write_report
+
+    for entry in result.summary["skipped"]:
+        error(f"skipped {entry['path']}: {entry['reason']}")
+    if method.mergeable:
+        write_certificate(result.model, folder)
+    measure_cost(result.model, result.preprocessing, folder, batches=(1,), mergeable=method.mergeable)
+    console.print(tables.results_table({method.describe(): result.summary}))
+    console.print(f"Report: {write_report(folder)}\nAdapter: {folder / 'adapter.safetensors'}")
+
+
+def stopped(interrupt: KeyboardInterrupt) -> typer.Exit:
+    """What ends the command after Ctrl-C, its notes told."""
+    for note in getattr(interrupt, "__notes__", ["Stopped."]):
+        error(note)
+    return typer.Exit(130)
 
 
 def write_certificate(model: nn.Module, folder: Path) -> dict[str, Any]:

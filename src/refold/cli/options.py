@@ -11,7 +11,34 @@ import typer
 from refold.errors import SiteError
 from refold.methods import METHODS, Compose, Method
 
-__all__ = ["Adapter", "Force", "Weights", "parse_method"]
+__all__ = [
+    "BACKBONE",
+    "Adapter",
+    "Augment",
+    "BatchSize",
+    "Data",
+    "Epochs",
+    "Force",
+    "HeadRate",
+    "ImageSize",
+    "LearningRate",
+    "Model",
+    "Precision",
+    "Pretrained",
+    "Resume",
+    "Seed",
+    "Select",
+    "Split",
+    "Target",
+    "TestList",
+    "TrainList",
+    "ValList",
+    "Weights",
+    "parse_method",
+]
+
+#: The backbone of commands that train, unless another is named.
+BACKBONE = "timm/vit_base_patch16_224.augreg_in21k"
 
 Adapter = Annotated[
     str,
@@ -25,10 +52,40 @@ Force = Annotated[
     bool,
     typer.Option("--force", help="Load the adapter although the backbone's weights are not those it was trained on."),
 ]
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="A folder with a folder per class, a CSV, VTAB-style lists, or packaged/elpv, packaged/textile.",
+        metavar="DATA",
+    ),
+]
+Model = Annotated[str, typer.Option("--model", "-m", help="Backbone spec; see `refold models`.")]
+TrainList = Annotated[str | None, typer.Option("--train", help="Explicit training split, relative to DATA.")]
+ValList = Annotated[str | None, typer.Option("--val", help="Explicit validation split.")]
+TestList = Annotated[str | None, typer.Option("--test", help="Explicit test split.")]
+Target = Annotated[str | None, typer.Option(help="Target column of a CSV.")]
+Split = Annotated[
+    tuple[float, float, float],
+    typer.Option(help="Shares (or counts) of train, val and test where DATA has no splits of its own."),
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
+BatchSize = Annotated[int, typer.Option(help="Images a step, over all processes.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate of the adapter.")]
+HeadRate = Annotated[float | None, typer.Option("--head-lr", help="Peak rate of the head; as --lr if not given.")]
+Augment = Annotated[str, typer.Option(help="none, flip, light, randaugment, or a timm preset such as rand-m7-n4.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained/--random-weights", help="Backbone weights.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")]
+Select = Annotated[str | None, typer.Option(help="Validation metric that chooses the best epoch.")]
+Seed = Annotated[int, typer.Option(help="Of the split, the order, augmentation, dropout and initialisation.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")]
 
 
-def parse_method(text: str) -> Method:
+def parse_method(text: str, where: str = "--method") -> Method:
     """``"RepAdapter"``, ``"RepAdapter(rank=8, scale=5)"`` or ``"VPT + LoRA"`` as a method; class names in any case.
+
+    Args:
+        where: the option or argument that had the text, for errors.
 
     Raises:
         SiteError: an unknown name, a misspelt or invalid hyper-parameter, or text that is no call.
@@ -36,28 +93,26 @@ def parse_method(text: str) -> Method:
     try:
         call = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as problem:
-        raise _unreadable(text) from problem
+        raise _unreadable(text, where) from problem
     if isinstance(call, ast.BinOp) and isinstance(call.op, ast.Add):
-        return Compose([parse_method(ast.unparse(side)) for side in (call.left, call.right)])
+        return Compose([parse_method(ast.unparse(side), where) for side in (call.left, call.right)])
     if isinstance(call, ast.Name):
         call = ast.Call(func=call, args=[], keywords=[])
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-        raise _unreadable(text)
+        raise _unreadable(text, where)
     names = {name.lower(): name for name in METHODS}
     if call.func.id.lower() not in names:
-        raise SiteError(f"unknown method {call.func.id!r}", where="--method", remedy=f"Known: {', '.join(METHODS)}")
+        raise SiteError(f"unknown method {call.func.id!r}", where=where, remedy=f"Known: {', '.join(METHODS)}")
     values: dict[str, Any] = {}
     for keyword in call.keywords:
         if keyword.arg is None:
-            raise _unreadable(text)
+            raise _unreadable(text, where)
         try:
             values[keyword.arg] = ast.literal_eval(keyword.value)
         except ValueError as problem:
-            raise _unreadable(text) from problem
+            raise _unreadable(text, where) from problem
     return METHODS[names[call.func.id.lower()]].from_json(values)
 
 
-def _unreadable(text: str) -> SiteError:
-    return SiteError(
-        f"cannot read {text!r}", where="--method", remedy="Write for example 'RepAdapter(rank=8, scale=5)'"
-    )
+def _unreadable(text: str, where: str) -> SiteError:
+    return SiteError(f"cannot read {text!r}", where=where, remedy="Write for example 'RepAdapter(rank=8, scale=5)'")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Column, Table
 
 from refold.cli.console import console
-from refold.methods import METHODS
+from refold.cli.options import parse_method
+from refold.errors import MissingExtraError, SiteError
+from refold.methods import METHODS, Method
+
+if TYPE_CHECKING:
+    from refold.bench.shelf import Cost, Shelf
 
 __all__ = ["methods", "models"]
 
@@ -28,14 +34,62 @@ def models(
     console.print(table)
 
 
-def methods() -> None:
-    """List the methods: what they do, whether they fold, and where they come from.
+def methods(
+    method: Annotated[
+        str | None, typer.Argument(help="Only this one, in full; with other settings as 'LoRA(rank=16)'.")
+    ] = None,
+) -> None:
+    """List the methods, or show one: what it does, what it costs on a ViT-B/16, whether it merges, its paper.
 
-    Example: refold methods
+    Example: refold methods RepAdapter
     """
-    table = Table("method", "what it does", "folds away", "paper", "hyper-parameters", title="Methods")
-    for name, method in METHODS.items():
-        values = {key: value for key, value in method().to_json().items() if key != "name"}
-        text = ", ".join(f"{key}={value}" for key, value in values.items())
-        table.add_row(name, method.summary, method.folds, method.paper, text or "-")
+    from refold.bench.shelf import Shelf
+
+    chosen = None if method is None else parse_method(method, "METHOD")
+    try:
+        shelf = Shelf()
+    except MissingExtraError as problem:
+        shelf = None
+        console.print(f"Parameters and extra compute are left out: {problem}")
+    if chosen is None:
+        _table(shelf)
+    else:
+        _page(chosen, shelf)
+
+
+def _table(shelf: Shelf | None) -> None:
+    from refold.report import methods as texts
+
+    counted = ["parameters", "extra compute"] if shelf else []
+    table = Table("method", "what it does", *counted[:1], "merges", *counted[1:], "tasks", "paper")
+    table.title = "Methods with their defaults" + (", counted on ViT-B/16 beside the head" if shelf else "")
+    for name, kind in METHODS.items():
+        one = kind()
+        cost = _cost(one, shelf)
+        cells = [texts.parameters(cost), texts.extra(one, cost)] if shelf else []
+        table.add_row(name, kind.summary, *cells[:1], texts.merges(one), *cells[1:], kind.tasks, kind.paper)
     console.print(table)
+
+
+def _cost(method: Method, shelf: Shelf | None) -> Cost | None:
+    try:
+        return shelf.cost(method, operations=not method.mergeable) if shelf else None
+    except SiteError:  # it has no place in the backbones that everything is counted on
+        return None
+
+
+def _page(method: Method, shelf: Shelf | None) -> None:
+    from refold.report import methods as texts
+
+    kind, cost = type(method), _cost(method, shelf)
+    page = texts.page(kind)
+    console.print(f"{kind.__name__}: {kind.summary}", style="bold", highlight=False)
+    for paragraph in filter(None, (*page.about, page.use, *page.header)):
+        console.print(f"\n{paragraph}", markup=False, highlight=False)
+    if page.parameters:
+        table = Table("hyper-parameter", "default", "meaning", title="Hyper-parameters")
+        for one in page.parameters:
+            table.add_row(one.name, escape(one.default), escape(one.meaning))
+        console.print("", table)
+    counted = f"parameters {texts.parameters(cost)}, extra compute {texts.extra(method, cost)}, " if shelf else ""
+    console.print(f"{method.describe()}: {counted}merges {texts.merges(method)}, tasks {kind.tasks}", highlight=False)

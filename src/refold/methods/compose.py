@@ -71,9 +71,9 @@ class Compose(Method):
 
     def _require_peace(self, sites: list[Site]) -> None:
         """Raise :class:`SiteError` for two sites that cannot both hold."""
-        taken: dict[tuple[str, str], int] = {}
+        taken: dict[tuple[str, str, str], int] = {}
         for site in sites:
-            other = taken.setdefault((site.path, site.slot), site.part)
+            other = taken.setdefault((site.path, site.slot, site.tag), site.part)
             if other != site.part:
                 names = " and ".join(type(self.methods[part]).__name__ for part in (other, site.part))
                 raise SiteError(

@@ -14,8 +14,8 @@ four placements:
 A convolution is every one over several positions but those that read the image: the 3 x 3 of ResNet's bottlenecks, the
 depthwise ones of ConvNeXt and EfficientNet, ConvNeXt's down-sampling ones. K is its kernel, or the widest of the block;
 7 in a block without one (Swin). For d inputs and e outputs A has d K^2 + h (e + 1) + 2 e parameters. With reduction=4
-in parallel to convolutions that is 356,848 on ResNet-50 (1.5 % of its body; the paper's 3.5 % belongs to none of its
-sizes), 3,721,728 on ConvNeXt-B and 2,082,496 on EfficientNet-B0; beside the latter's blocks, 96,020.
+in parallel to convolutions that is 356,848 on ResNet-50 (1.5 % of its body; the paper says 3.5 %, which no reduction
+from 4 to 16 gives here), 3,721,728 on ConvNeXt-B and 2,082,496 on EfficientNet-B0; beside the latter's blocks, 96,020.
 
 The published start is not the backbone: gamma starts at one and no weight at zero. Here it is that of the released
 ConvNeXt and Swin, truncated normals of std 0.02 and zero biases, near the backbone on all; the released ResNet starts

@@ -13,7 +13,8 @@ ConvNeXt) each stage has a state, and a convolution, of its own; stages that end
 state would come back nowhere. A block that changes the shape itself is left out.
 
 Deviations from the released code, on purpose: the backbone keeps its own pooling (there the class token is replaced
-by the mean of the patches before the final norm); any grid of patches instead of 14 x 14. The state is handed on as
+by the mean of the patches before the final norm); any grid of patches instead of 14 x 14; on Swin-B, where the code
+takes rank 4, start 15 and a 5 x 5 convolution, that stays 3 x 3. The state is handed on as
 codes A x, see :class:`SideState`. A gradient checkpoint around single blocks is exact, any other inside the model
 refused. Layouts: tokens, (B, H, W, C) and (B, C, H, W).
 """

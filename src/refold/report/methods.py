@@ -51,7 +51,7 @@ def page(method: type[Method]) -> Page:
         Parameter(f.name, "" if f.default is MISSING else repr(f.default), meanings.get(f.name, ""))
         for f in fields(method)
     )
-    return Page(tuple(_header(method)), tuple(about), " ".join(use), known)
+    return Page(tuple(_header(method)), tuple(about), " ".join(" ".join(use).split()), known)
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -75,17 +75,19 @@ def _arguments(method: type[Method]) -> dict[str, str]:
     for cls in reversed(method.__mro__):
         for paragraph in _paragraphs(inspect.cleandoc(cls.__doc__ or "")):
             if paragraph.startswith("Args:\n"):
-                lines = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", paragraph, re.MULTILINE)
-                found |= {name: " ".join(text.split()) for name, text in lines}
+                lines = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", paragraph, re.MULTILINE)
+                found |= {name: " ".join(text.split()) for names, text in lines for name in names.split(", ")}
     return found
 
 
 # -- cells of tables ----------------------------------------------------------------------------------------------
 
 
-def merges(method: type[Method]) -> str:
+def merges(method: Method) -> str:
     """Whether it folds into the backbone: ``"yes"``, ``"no"``, on which condition, or that it trains it in place."""
-    return "in place" if method.build is Method.build else method.folds
+    if type(method).build is Method.build:
+        return "in place"
+    return "yes" if method.mergeable else method.folds
 
 
 def parameters(cost: Cost | None) -> str:
@@ -104,6 +106,6 @@ def extra(method: Method, cost: Cost | None) -> str:
 
 
 def link(paper: str) -> str:
-    """``"arXiv 2302.08106"`` as its address; "" for what is no such number."""
-    number = re.fullmatch(r"arXiv (\d{4}\.\d{4,5})", paper)
+    """The address of ``"arXiv 2302.08106"``; "" for what has no such number."""
+    number = re.search(r"arXiv (\d{4}\.\d{4,5})", paper)
     return f"https://arxiv.org/abs/{number[1]}" if number else ""

@@ -60,14 +60,32 @@ def build_backbone(config: TrainConfig, outputs: int) -> tuple[nn.Module, str, P
 
 
 def build_attached(config: TrainConfig, kind: str, classes: list[str] | None) -> tuple[nn.Module, Preprocessing]:
-    """The backbone with the config's method attached and described; its start is a function of the seed."""
+    """The backbone with the config's method attached and described; its start is that of a file, or of the seed.
+
+    Raises:
+        DataError: the file to start from holds another method.
+        StoreError: it cannot be read, or is for another backbone or other classes.
+    """
     model, spec, preprocessing = build_backbone(config, len(classes) if classes else 1)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         example = torch.randn(1, preprocessing.channels, *preprocessing.size)
-        refold.attach(model, config.method, example=example)
+        if config.start is None:
+            refold.attach(model, config.method, example=example)
+        else:
+            _load_start(model, config, example, classes)
     refold.describe(model, backbone=spec, classes=classes, preprocessing=preprocessing, task=kind)
     return model, preprocessing
+
+
+def _load_start(model: nn.Module, config: TrainConfig, example: torch.Tensor, classes: list[str] | None) -> None:
+    assert config.start is not None
+    header = read_header(config.start)
+    if header.method != config.method:
+        raise DataError(f"holds {header.method.describe()}, not {config.method.describe()}", where=config.start)
+    if header.classes is not None and list(header.classes) != classes:
+        raise DataError(f"knows the classes {list(header.classes)}, not {classes}", where=config.start)
+    refold.load(model, config.start, name="default", example=example)
 
 
 def resolve(source: nn.Module | str | Path, *, weights: str | Path | None = None, force: bool = False) -> Ready:

@@ -46,6 +46,9 @@ class Recipe:
         augment: name of an augmentation of :class:`refold.data.Loader`; ``"none"`` is the plain resize.
         class_weights: ``"balanced"`` weighs classes by inverse frequency in the training set.
         clip_grad: largest allowed norm of the gradient; None means no clipping.
+        consistency: lambda of PACE's consistency regularisation, the weight of the squared distance between the outputs
+            of two passes with noise on what the adapters add; 0 means off. It costs two passes a step.
+        consistency_noise: standard deviation of that noise, which multiplies by 1 on average.
         precision: ``"bf16"`` (autocast, frozen weights held in bfloat16), ``"fp32"``, or ``"auto"``: bf16
             where the device has instructions for it.
         attention: kernel of scaled dot-product attention in training steps: ``"default"`` (what PyTorch
@@ -71,6 +74,8 @@ class Recipe:
     augment: str = "none"
     class_weights: str | None = None
     clip_grad: float | None = None
+    consistency: float = 0.0
+    consistency_noise: float = 0.0
     precision: str = "auto"
     attention: str = "auto"
     select: str | None = None
@@ -96,6 +101,10 @@ class Recipe:
         self._number("mixup", lambda v: v >= 0, "0 or more")
         self._number("cutmix", lambda v: v >= 0, "0 or more")
         self._number("clip_grad", lambda v: v > 0, "positive", optional=True)
+        self._number("consistency", lambda v: v >= 0, "0 or more")
+        self._number("consistency_noise", lambda v: v >= 0, "0 or more")
+        for name, other in (("consistency_noise", "consistency"), ("consistency", "consistency_noise")):
+            self._number(name, lambda v, other=other: v > 0 or not getattr(self, other), f"positive beside {other}")
         self._choice("class_weights", (None, "balanced"))
         self._choice("precision", PRECISIONS)
         self._choice("attention", ATTENTIONS)
@@ -180,6 +189,8 @@ class TrainConfig(Recipe):
         crop: ``"squash"`` resizes straight to the input size (the VTAB recipe), ``"center"`` cuts the centre.
         drop_path: rate of stochastic depth in the backbone.
         method: how to adapt: an instance of one of :data:`refold.methods.METHODS`.
+        start: adapter file of the same method on the same backbone, whose weights, head included, training starts
+            from; None starts as the method does.
         output: run folder to write.
         evaluate_test: score the best epoch on the test split when there is one.
     """
@@ -201,17 +212,18 @@ class TrainConfig(Recipe):
     crop: str = "squash"
     drop_path: float = 0.1
     method: Method
+    start: str | None = None
     output: str
     evaluate_test: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("data", "train", "val", "test", "weights", "output"):
+        for name in ("data", "train", "val", "test", "weights", "start", "output"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         for name in ("data", "model", "output", "cache"):
             self._text(name)
-        for name in ("train", "val", "test", "target", "weights"):
+        for name in ("train", "val", "test", "target", "weights", "start"):
             self._text(name, optional=True)
         for name in ("skip_bad_images", "pretrained", "evaluate_test"):
             if not isinstance(getattr(self, name), bool):

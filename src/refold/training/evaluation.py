@@ -144,10 +144,11 @@ def score(
     accelerator: Accelerator,
     batch_size: int,
     workers: int = 0,
+    precision: str = "fp32",
 ) -> Evaluation:
-    """Score ``model``, in float32, on images whose ``targets`` count classes as the model does."""
+    """Score ``model``, by default in float32, on images whose ``targets`` count classes as the model does."""
     loader = evaluation_loader(image_set, preprocessing, accelerator, batch_size=batch_size, workers=workers)
-    logits = compute_logits(model, loader, len(image_set), accelerator)
+    logits = compute_logits(model, loader, len(image_set), accelerator, precision=precision)
     scores = task.scores(logits)
     rows = prediction_rows(image_set.paths, scores, task, targets)
     if task.kind == "regress":

@@ -12,12 +12,14 @@ from torch import nn
 
 import refold
 from refold.preprocessing import Preprocessing
+from refold.state import require_state
 from refold.training.build import build_attached
 from refold.training.config import TrainConfig
 from refold.training.evaluation import Evaluation, load_splits, score
 from refold.training.inference import start_accelerator
 from refold.training.loop import Fit, fit
 from refold.training.run import RunFolder
+from refold.training.tasks import make_task
 
 if TYPE_CHECKING:
     from refold.data import Splits
@@ -99,6 +101,9 @@ def train(
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     splits = load_splits(config)
     model, preprocessing = build_attached(config, splits.task, splits.classes)
+    if config.start is not None:
+        task = make_task(splits.task, splits.classes, splits.train.targets, config)
+        task.begin(model, require_state(model, "train").record().head)
     accelerator.wait_for_everyone()  # all have looked at the folder before the first one writes
     folder.open(config)
     fitted = fit(

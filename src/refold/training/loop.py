@@ -62,6 +62,7 @@ def fit(
     folder: RunFolder | None = None,
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    before_step: Callable[[int], None] | None = None,
     progress: bool | None = False,
 ) -> Fit:
     """Train what :func:`refold.attach` left trainable, and leave the model at its best epoch, in eval mode.
@@ -82,6 +83,8 @@ def fit(
         folder: where checkpoints and metrics go; None keeps nothing on disk.
         resume: go on from the checkpoint in ``folder`` if there is one.
         on_epoch: called on the main process with every record of ``history`` as it appears.
+        before_step: called on every process with the number of each training step, from 0, before its forward; a
+            resumed run goes on counting.
         progress: bars on standard error; None shows them on a terminal.
 
     Raises:
@@ -102,8 +105,9 @@ def fit(
         if precision == "bf16":
             stack.enter_context(reduced_precision(model))
         trainer = Trainer(
-            model, train_set, val_set, preprocessing, recipe, built, accelerator, precision, folder, on_epoch
-        )
+            model, train_set, val_set, preprocessing, recipe, built, accelerator, precision, folder, on_epoch,
+            before_step,
+        )  # fmt: skip
         if resume and folder is not None:
             trainer.resume(folder)
         try:

@@ -61,6 +61,10 @@ class Task(Protocol):
         """The same with its tensors on ``device``."""
         ...
 
+    def begin(self, model: nn.Module, head: tuple[str, ...]) -> None:
+        """Make a finished ``model`` fit for more training; the inverse of :meth:`finish`."""
+        ...
+
     def finish(self, model: nn.Module, head: tuple[str, ...]) -> None:
         """Make the trained ``model`` speak the user's unit; called once, after training."""
         ...
@@ -114,6 +118,9 @@ class Classification:
     def to(self, device: torch.device) -> Classification:
         return replace(self, weights=None if self.weights is None else self.weights.to(device))
 
+    def begin(self, model: nn.Module, head: tuple[str, ...]) -> None:
+        pass
+
     def finish(self, model: nn.Module, head: tuple[str, ...]) -> None:
         pass
 
@@ -164,6 +171,9 @@ class MultiLabel:
     def to(self, device: torch.device) -> MultiLabel:
         return replace(self, weights=None if self.weights is None else self.weights.to(device))
 
+    def begin(self, model: nn.Module, head: tuple[str, ...]) -> None:
+        pass
+
     def finish(self, model: nn.Module, head: tuple[str, ...]) -> None:
         pass
 
@@ -208,19 +218,28 @@ class Regression:
     def to(self, device: torch.device) -> Regression:
         return self
 
-    @torch.no_grad()
+    def begin(self, model: nn.Module, head: tuple[str, ...]) -> None:
+        """Standardised units again, as :meth:`finish` found them."""
+        _scale_outputs(model, head, 1 / self.std, -self.mean / self.std)
+
     def finish(self, model: nn.Module, head: tuple[str, ...]) -> None:
         """Fold ``std * y + mean`` into every output layer of the head.
 
         Raises:
             DataError: the head does not end in a layer with one output and a bias.
         """
-        for path in head:
-            layers = [m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-            if not layers or layers[-1].bias is None or layers[-1].weight.shape[0] != 1:
-                raise DataError("regression needs a head that ends in a layer with one output and a bias", where=path)
-            layers[-1].weight.mul_(self.std)
-            layers[-1].bias.mul_(self.std).add_(self.mean)
+        _scale_outputs(model, head, self.std, self.mean)
+
+
+@torch.no_grad()
+def _scale_outputs(model: nn.Module, head: tuple[str, ...], scale: float, shift: float) -> None:
+    """Make every output layer of the head give ``scale * y + shift``."""
+    for path in head:
+        layers = [m for m in model.get_submodule(path).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        if not layers or layers[-1].bias is None or layers[-1].weight.shape[0] != 1:
+            raise DataError("regression needs a head that ends in a layer with one output and a bias", where=path)
+        layers[-1].weight.mul_(scale)
+        layers[-1].bias.mul_(scale).add_(shift)
 
 
 def plain_task(kind: str, classes: list[str] | None) -> Task:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from refold.preprocessing import Preprocessing
 from refold.training.attention import attention_kernel, choose_attention
 from refold.training.checkpoint import Best, Checkpoint, check_same
 from refold.training.config import FREE_SETTINGS, Recipe
+from refold.training.consistency import make_consistency
 from refold.training.inference import autocast, compute_logits, evaluation_loader
 from refold.training.metrics import lower_is_better
 from refold.training.mixing import make_mixer
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
     from refold.data import ImageSet
 
-__all__ = ["Trainer", "trained_tensors"]
+__all__ = ["Trainer", "chosen_metric", "trained_tensors"]
 
 _LOOK_EVERY = 20  # steps between two looks at the losses
 
@@ -58,6 +60,7 @@ class Trainer:
     precision: str
     folder: RunFolder | None
     on_epoch: Callable[[dict[str, Any]], None] | None
+    before_step: Callable[[int], None] | None = None
 
     epoch: int = 0
     attention: str = ""
@@ -73,6 +76,7 @@ class Trainer:
         self.device: torch.device = here.device
         self.task = self.task.to(self.device)
         self.mixer = make_mixer(recipe, self.task.outputs)
+        self.consistency = make_consistency(recipe, self.model, self.device)
         self.loader = Loader(
             self.train_set,
             self.preprocessing,
@@ -95,27 +99,13 @@ class Trainer:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = build_optimizer(groups)
         self.schedule = build_schedule(self.optimizer, recipe, self.steps)
-        self.metric = self._metric()
+        self.metric = chosen_metric(recipe, self.task, self.val_set)
         self.settings = recipe.to_json()
         self.data = {
             "training images": len(self.train_set),
             "validation images": 0 if self.val_set is None else len(self.val_set),
             "classes": self.task.classes,
         }
-
-    def _metric(self) -> str:
-        """The metric that chooses the best epoch, known to be defined on the validation set."""
-        name = self.recipe.select or self.task.select
-        if self.val_set is not None:
-            scores = self.task.scores(torch.zeros(len(self.val_set), self.task.outputs))
-            known = ["loss", *self.task.metrics(scores, self.val_set.targets)]
-            if name not in known:
-                raise DataError(
-                    f"{name!r} is not defined on this validation set",
-                    where="select",
-                    remedy=f"Defined: {', '.join(known)}",
-                )
-        return name
 
     # -- stopping and going on ------------------------------------------------------------------------------
 
@@ -184,11 +174,16 @@ class Trainer:
         start, first = time.perf_counter(), self.epoch * self.steps
         losses: list[Tensor] = []
         self.loader.set_epoch(self.epoch)
-        torch.manual_seed(_mix(self.recipe.seed, self.epoch, self.accelerator.process_index))
+        seed = _mix(self.recipe.seed, self.epoch, self.accelerator.process_index)
+        torch.manual_seed(seed)
+        if self.consistency is not None:
+            self.consistency.start(seed)
         bars.start_epoch(self.epoch + 1, self.steps)
         with attention_kernel(self.attention):
             for step, (images, targets) in enumerate(self.loader, start=first):
                 self.schedule.step_update(step)
+                if self.before_step is not None:
+                    self.before_step(step)
                 losses.append(self._step(model, images, targets))
                 bars.step()
                 if len(losses) % _LOOK_EVERY == 0:
@@ -203,8 +198,24 @@ class Trainer:
         targets = targets.to(self.device, non_blocking=True)
         if self.mixer is not None:
             images, targets = self.mixer(images, targets)
-        with autocast(self.device, self.precision):
-            logits = model(images)
+        with nullcontext() if self.consistency is None else self.consistency.step():
+            loss = self._loss(model, images, targets)
+            self.accelerator.backward(loss)
+        if self.recipe.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        def forward() -> Tensor:
+            with autocast(self.device, self.precision):
+                return model(images)
+
+        if self.consistency is None:
+            logits, again = forward(), None
+        else:
+            logits, again = self.consistency.passes(forward, self.accelerator.no_sync(model))
         if logits.shape[1:] != (self.task.outputs,):
             raise DataError(
                 f"the model gives {list(logits.shape[1:])} outputs an image and the task needs {self.task.outputs}",
@@ -212,12 +223,9 @@ class Trainer:
                 remedy=f"Build the model with num_classes={self.task.outputs}",
             )
         loss = self.task.training_loss(logits.float(), targets)
-        self.accelerator.backward(loss)
-        if self.recipe.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        if self.consistency is None or again is None:
+            return loss
+        return loss + self.consistency.penalty(logits, again)
 
     def _validate(self) -> None:
         val_set, loader = self.val_set, self.val_loader
@@ -282,6 +290,25 @@ class Trainer:
 
 
 _CURE = "Lower lr, or set clip_grad=1.0 or precision='fp32'; the last checkpoint is kept"
+
+
+def chosen_metric(recipe: Recipe, task: Task, val_set: ImageSet | None) -> str:
+    """The metric that chooses the best epoch, known to be defined on the validation set.
+
+    Raises:
+        DataError: it is not.
+    """
+    name = recipe.select or task.select
+    if val_set is not None:
+        scores = task.scores(torch.zeros(len(val_set), task.outputs))
+        known = ["loss", *task.metrics(scores, val_set.targets)]
+        if name not in known:
+            raise DataError(
+                f"{name!r} is not defined on this validation set",
+                where="select",
+                remedy=f"Defined: {', '.join(known)}",
+            )
+    return name
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
