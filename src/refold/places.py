@@ -7,9 +7,10 @@ the MLP's, with the same tables as for layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
@@ -25,12 +26,16 @@ __all__ = [
     "block_sites",
     "blocks",
     "branch_site",
+    "branch_sites",
     "branches",
     "covers",
     "on_grid",
     "projection",
     "stages",
+    "tried",
 ]
+
+T = TypeVar("T")
 
 #: Containers whose forward calls every child: an adapter among the children would be called as well.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -210,6 +215,37 @@ def _width(survey: Survey, branch: Branch) -> int:
 def _shape(survey: Survey, path: str) -> tuple[int, ...] | None:
     """Of what the module returns, if that is one shape."""
     return survey.trace.shapes.get(path, survey.trace.repeated.get(path))
+
+
+def branch_sites(
+    survey: Survey, sites: str | Iterable[str] | None, default: tuple[str, ...], slot: str
+) -> tuple[list[Site], list[Skipped]]:
+    """:func:`branch_site` of each of :func:`branches`; with ``sites`` None those that have none are left out.
+
+    Raises:
+        SiteError: none has one, or one that ``sites`` names has not.
+    """
+    found, skipped = branches(survey, sites, default)
+    made, more = tried(lambda branch: branch_site(survey, branch, slot), found, named=sites is not None)
+    return made, skipped + more
+
+
+def tried(make: Callable[[T], Site], items: Iterable[T], *, named: bool) -> tuple[list[Site], list[Skipped]]:
+    """The sites that ``make`` gives, and what it refuses, with reasons; ``named`` refuses for good.
+
+    Raises:
+        SiteError: the first refusal, if all are refused or one is that was named.
+    """
+    made: list[Site] = []
+    errors: list[SiteError] = []
+    for item in items:
+        try:
+            made.append(make(item))
+        except SiteError as error:
+            errors.append(error)
+    if errors and (named or not made):
+        raise errors[0]
+    return made, [Skipped(error.where or "", error.reason) for error in errors]
 
 
 def _keeps_shape(survey: Survey, path: str) -> bool:

@@ -153,7 +153,7 @@ def prove(
     passed = {h.block: [h.site, *([h.mlp] if through and h.mlp is not None else [])] for h in hosts}
     calls = _calls(survey, passed, through=through)
     found, idle, against, known = [], [], {}, {}
-    with preserved(survey.model), torch.no_grad():
+    with preserved(survey.model), torch.inference_mode(False), torch.no_grad():
         for host in hosts:
             path = host.site.path
             features = calls[path].features
@@ -226,7 +226,7 @@ def _calls(survey: Survey, passed: Mapping[str, Sequence[Site]], *, through: boo
         # Before all other hooks: those that collect features (transformers' do) are to see NaN too.
         handles.append(module.register_forward_hook(with_path(end, path), with_kwargs=True, prepend=True))
     try:
-        with preserved(survey.model), torch.no_grad():
+        with preserved(survey.model), torch.inference_mode(False), torch.no_grad():
             final = forward(survey.model, survey.example)
     except SiteError as error:
         cause = error.__cause__ if isinstance(error.__cause__, SiteError) else error

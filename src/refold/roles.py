@@ -1,4 +1,4 @@
-"""Where the papers' named placements are in real backbones: plain data, no code and no imports.
+"""Where the papers' named placements are in real backbones: plain data without imports.
 
 A pattern is a tuple of the last segments of a module path; a layer plays the role if its path ends in these segments,
 in which ``*`` and ``[abc]`` match as in file names. Nothing here is needed for an unknown backbone to work: without a
@@ -7,12 +7,20 @@ match, methods fall back to every foldable layer.
 
 from __future__ import annotations
 
-__all__ = ["MOVED", "ONE_INPUT", "PARTS", "ROLES"]
+__all__ = ["INTERLEAVED", "MOVED", "ONE_INPUT", "PARTS", "ROLES"]
 
 Pattern = tuple[str, ...]
 
 #: Roles whose layers under one parent all read one tensor: a match that reads another is not meant.
 ONE_INPUT: tuple[str, ...] = ("mlp",)
+
+#: Attention modules whose joint projection gives query, key and value head by head, not as three blocks of rows: the
+#: attribute that says so, where it is set.
+INTERLEAVED: dict[str, str] = {
+    "timm.layers.attention2d.Attention2d": "head_first",
+    "timm.models.maxxvit.Attention2d": "head_first",
+    "timm.models.maxxvit.AttentionCl": "head_first",
+}
 
 #: Role -> patterns, shared by all families whose layers carry these names.
 ROLES: dict[str, tuple[Pattern, ...]] = {

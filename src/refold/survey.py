@@ -16,7 +16,7 @@ from refold.errors import SiteError
 from refold.fold import KINDS, NORMS, kind_of, refusal, replaces_weight
 from refold.maps import is_quantized
 from refold.probe import Example, Trace, example_input, tensor_name, trace
-from refold.roles import MOVED, ONE_INPUT, ROLES
+from refold.roles import INTERLEAVED, MOVED, ONE_INPUT, ROLES
 from refold.sharing import shared_parameters
 from refold.sites import Layer, Shift, Site, Skipped
 
@@ -218,6 +218,17 @@ class Survey:
         """Of the layer's first call, or of its owner's where nobody calls the layer."""
         reader = layer.path if layer.path in self.trace.order else layer.owner or ""
         return self.trace.order[reader], layer.path
+
+    def require_blocks(self, path: str) -> None:
+        """Raise :class:`SiteError` where a joint projection has no block of rows for each of query, key and value."""
+        parent = self.modules[path.rpartition(".")[0]]
+        attribute = INTERLEAVED.get(f"{type(parent).__module__}.{type(parent).__qualname__}")
+        if attribute is not None and getattr(parent, attribute, False):
+            raise SiteError(
+                "its query, key and value are interleaved head by head, so they are no blocks of rows",
+                where=path,
+                remedy="Name rows as 'first:end', or choose other sites",
+            )
 
     # -- making sites -------------------------------------------------------------------------------------
 

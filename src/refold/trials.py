@@ -59,7 +59,7 @@ class Call:
         return Call(*tree_map_only(Tensor, fn, (self.args, self.kwargs)))
 
     def to(self, dtype: torch.dtype) -> Call:
-        return self.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        return self.map(lambda t: t.to(dtype, copy=True) if t.is_floating_point() else t)
 
 
 def with_path(hook: Callable[..., Any], path: str) -> Callable[..., Any]:
@@ -150,7 +150,7 @@ class _Noise:
         values: dict[str, Tensor] = {}
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             if type(value) in (Tensor, nn.Parameter) and value.is_floating_point():
-                values[name] = value.detach().to(self.dtype)
+                values[name] = value.detach().to(self.dtype, copy=True)  # not one of inference mode
                 if isinstance(value, nn.Parameter):
                     size = value.shape[-1] ** -0.5 if value.dim() > 1 else 0.1
                     values[name] = values[name] + size * self(*value.shape)
@@ -200,12 +200,13 @@ def _rearranged(module: nn.Module, site: Site, call: Call, count: int, dtype: to
             return f"given {tuple(x.shape)} it returns {tuple(y.shape)}"
         kept = insertion.origin(y.device) < length
         (pull,) = torch.autograd.grad((y[:, kept] * noise(batch, length, width).to(y)).sum(), x)
-    if mixes and not bool((pull[:, ~kept].abs().amax((0, 2)) > 0).all()):
-        return IDLE
     x, y = x.detach(), y.detach()
     error = (run(x[:, order], replace(insertion, order=order)) - y[:, order]).norm() / (y - x).norm()
     if not float(error) <= max(_EQUAL, 8 * torch.finfo(dtype).eps):
         return "what it computes depends on the order of its tokens in another way than refold knows (a grid, a window)"
+    reached = pull[:, ~kept].abs().amax((0, 2)) > 0
+    if mixes and not bool(reached.all()):
+        return "its tokens read only some of the prompts" if bool(reached.any()) else IDLE
     return ""
 
 

@@ -111,6 +111,7 @@ METHODS = {
         "sites": None,
     },
     "STAdapter": {"hidden": 384, "frames": 8, "activation": "identity", "sites": None},
+    "VPT": {"tokens": 10, "deep": True, "dropout": 0.0, "sites": None, "overrides": ()},
     "ConvAdapter": {"reduction": 4, "activation": "relu", "position": "conv_parallel", "sites": None},
     "DTL": {"rank": 2, "beta": 100.0, "start": None, "plus": False, "sites": None},
     "LST": {"reduction": 8, "sites": None},

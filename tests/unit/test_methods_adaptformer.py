@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import refold
@@ -92,10 +93,35 @@ def test_stochastic_depth_of_the_backbone_does_not_drop_it():
     np.testing.assert_allclose(model.train()(x).detach().numpy(), expected, rtol=1e-11, atol=1e-12)
 
 
+class Unread(nn.Module):
+    """The first branch reads the stream by an operation, the second by a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        x = x + self.first(x.tanh())
+        return self.head(x + self.second(x))
+
+
+def test_a_branch_whose_stream_cannot_be_read_is_left_out_and_refused_if_named():
+    model, x = Unread(), torch.randn(2, 3, 4)
+    with pytest.raises(refold.SiteError, match="first: no module reads the residual stream here"):
+        refold.attach(model, refold.AdaptFormer(sites="first"), example=x)
+    with pytest.raises(refold.SiteError, match="first: no module reads the residual stream here"):
+        refold.attach(model, refold.AdaptFormer(), example=x, strict=True)
+    refold.attach(model, refold.AdaptFormer(), example=x)
+    rows = {row.path: row.reason for row in refold.explain(model).rows if row.slot != "head"}
+    assert list(rows) == ["second", "first"]
+    assert rows["first"] == "left out: no module reads the residual stream here"
+
+
 # -- ways to run ----------------------------------------------------------------------------------------------------
 
 
-def gradients(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(x).float().square().sum().backward()
     return {n: p.grad.clone() for n, p in refold.trainable_parameters(model).items() if p.grad is not None}

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -105,3 +106,13 @@ def test_what_cannot_be_said_of_rows_elsewhere_is_refused(tmp_path):
         refold.combine(model, {"default": 0.5, "other": 0.5})
     with pytest.raises(refold.StoreError, match="PEFT has no low-rank adapter on some rows"):
         refold.save_peft(model, tmp_path / "peft")
+
+
+def test_interleaved_parts_are_refused():
+    """timm's MaxViT gives query, key and value head by head: thirds of the rows would be parts of all three."""
+    model = timm.create_model("test_maxvit")
+    with pytest.raises(refold.SiteError, match=r"attn.qkv: its query, key and value are interleaved head by head"):
+        refold.attach(model, refold.LoRA(rank=2, rows=("q", "v")))
+    with pytest.raises(refold.SiteError, match="interleaved head by head"):
+        refold.attach(model, refold.KAdaptation())
+    assert refold.explain(refold.attach(model, refold.LoRA(rank=2, rows=("0:8",)))).adapter_parameters > 0

@@ -1,10 +1,9 @@
-"""VPT against its formulas on every kind of position, its start and counts, and that nothing else passes."""
+"""VPT against its formulas on every kind of position, its start and its counts."""
 
 from __future__ import annotations
 
 import copy
 import math
-import pickle
 from collections.abc import Callable
 from functools import partial
 
@@ -12,71 +11,15 @@ import numpy as np
 import pytest
 import torch
 from timm.models.beit import Beit
-from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 import refold
+from prompted import MODELS, array, attached, made, prompts
 from reference import prompts as paper
-from refold.hosting import hooks_left, hosted
-from zoo import build, images, perturb, relative, vit
-
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 3}
-eva = partial(Eva, **SMALL, use_abs_pos_emb=False, use_rot_pos_emb=True, num_reg_tokens=2, init_values=0.5)
-beit = partial(Beit, **SMALL)
-relpos = partial(VisionTransformerRelPos, **SMALL)
-swin = partial(
-    SwinTransformer, img_size=32, patch_size=2, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4,
-    mlp_ratio=2, num_classes=3, drop_path_rate=0.0,
-)  # fmt: skip
-
-#: What has tokens, and what tells where they are.
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "class_token": partial(vit, patch_size=8),
-    "registers": partial(vit, patch_size=8, reg_tokens=4),
-    "average_pool": partial(vit, patch_size=8, class_token=False, global_pool="avg"),
-    "average_pool_beside_a_class_token": partial(vit, patch_size=8, global_pool="avg"),
-    "layer_scale": partial(vit, patch_size=8, init_values=0.5),
-    "torchvision": lambda: build("torchvision_vit"),
-    "open_clip": lambda: build("open_clip_tower"),
-    "rotation": eva,
-    "rotation_of_halves": partial(eva, rope_type="dinov3", rope_rotate_half=True, attn_type="rope"),
-    "rotation_of_each_head": partial(eva, rope_type="mixed"),
-    "bias_by_relative_position": partial(beit, use_rel_pos_bias=True, use_abs_pos_emb=False),
-    "bias_of_all_blocks": partial(beit, use_shared_rel_pos_bias=True),
-    "bias_from_a_table": partial(relpos, rel_pos_type="bias"),
-    "bias_from_a_table_with_class_token": partial(relpos, rel_pos_type="bias", class_token=True, global_pool="token"),
-    "bias_from_an_mlp": partial(relpos, rel_pos_type="mlp"),
-    "bias_from_an_mlp_with_class_token": partial(relpos, rel_pos_type="mlp", class_token=True, global_pool="token"),
-    "windows": swin,
-}
-
-
-def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """With weights that hide nothing, relative positions among them."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(len(name))
-        model = MODELS[name]().eval().to(dtype)
-        perturb(dict(model.named_parameters()), 0.2)
-    return model
-
-
-def attached(name: str, method: refold.Method, dtype: torch.dtype = torch.float64) -> nn.Module:
-    model = refold.attach(made(name, dtype), method)
-    perturb(refold.trainable_parameters(model), 0.5)
-    return model
-
-
-def prompts(model: nn.Module) -> list[np.ndarray]:
-    return [slot["default"].prompts.detach().numpy() for slot in hosted(model).values()]
-
-
-# -- the formula --------------------------------------------------------------------------------------------------
-
-
-def array(value: torch.Tensor) -> np.ndarray:
-    return value.detach().double().numpy().copy()
+from refold.hosting import hosted
+from zoo import images, perturb, relative
 
 
 def both(layer: nn.Module) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +234,33 @@ def transformers_block(layer: nn.Module) -> paper.Block:
     )  # fmt: skip
 
 
-# -- start, counts, training --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["class_token", "rotation"])
+@pytest.mark.parametrize("deep", [True, False])
+def test_images_of_another_size(name, deep):
+    make = partial(MODELS[name], dynamic_img_size=True)
+    model = make().double().eval()
+    perturb(dict(model.named_parameters()), 0.2)
+    plain = copy.deepcopy(model)
+    refold.attach(model, refold.VPT(tokens=3, deep=deep), trainable=())
+    perturb(refold.trainable_parameters(model), 0.5)
+    own = prompts(model)
+    run = partial(paper.deep, prompts=own) if deep else partial(paper.shallow, prompts=own[0])
+    x = torch.randn(2, 3, 48, 24, dtype=torch.float64)
+    assert relative(model(x), formula(name, plain, x, run)) < 1e-12
+
+
+def test_each_block_can_have_its_own_number():
+    overrides = (("blocks.0", 1), ("blocks.*", 5))
+    model = attached("class_token", refold.VPT(tokens=3, overrides=overrides))
+    assert [len(p) for p in prompts(model)] == [1, 5]
+    plain = made("class_token")
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "refold" not in k})
+    x = images(model)
+    expected = formula("class_token", plain, x, partial(paper.deep, prompts=prompts(model)))
+    assert relative(model(x), expected) < 1e-12
+    model = attached("windows", refold.VPT(tokens=3, sites="layers.1", overrides=(("layers.1.blocks.1.attn", 2),)))
+    assert [len(p) for p in prompts(model)] == [3, 2]
+    refold.attach(made("windows"), refold.VPT(tokens=3, sites=("layers.0.blocks.0", "layers.1.blocks.1.attn")))
 
 
 def test_counts_on_swin_b():
@@ -321,186 +290,3 @@ def test_the_start_is_uniform_within_the_papers_bound(name, pixels):
         bound = math.sqrt(6 / (3 * pixels + values.shape[1]))
         assert 0.97 * bound < float(values.abs().max()) <= bound
         assert abs(float(values.std()) - bound / math.sqrt(3)) < 0.05 * bound
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("deep", [True, False])
-def test_every_token_learns_from_the_first_step(name, deep):
-    model = refold.attach(made(name, torch.float32), refold.VPT(tokens=3, deep=deep)).train()
-    model(images(model)).pow(2).sum().backward()
-    found = {n: p.grad for n, p in refold.trainable_parameters(model).items()}
-    assert sum("prompts" in n for n in found) == (len(hosted(model)) if deep else 1)
-    assert all(bool(g.abs().amax(-1).gt(0).all()) for n, g in found.items() if "prompts" in n)
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-
-
-def test_dropout_takes_numbers_from_each_image_and_only_in_training():
-    method = refold.VPT(tokens=4, dropout=0.5)
-    adapter = method.build(refold.state.state_of(attached("class_token", method)).record().sites[0], None, None)
-    kept = adapter.tokens(64)
-    assert set(kept.detach().ne(0).float().mean(0).flatten().gt(0.2).tolist()) == {True}
-    assert torch.equal(kept[kept != 0], (2 * adapter.prompts.expand(64, -1, -1))[kept != 0])
-    assert 0.45 < float(kept.ne(0).float().mean()) < 0.55
-    model = attached("class_token", method)
-    x = images(model)
-    assert torch.equal(model(x), model(x))
-    assert not torch.equal(model.train()(x), model(x))
-
-
-@pytest.mark.parametrize("name", ["class_token", "rotation", "bias_by_relative_position", "windows"])
-@pytest.mark.parametrize("deep", [True, False])
-def test_checkpoints_give_the_same_gradient(name, deep):
-    model = attached(name, refold.VPT(tokens=3, deep=deep)).train()
-    x, grads = images(model), []
-    for checkpointing in (False, True):
-        model.set_grad_checkpointing(checkpointing)
-        model.zero_grad()
-        if name == "windows" and not deep and checkpointing:
-            # A block alone, run again behind the forward, does not see what the block before made of its prompts.
-            with pytest.raises(refold.SiteError, match="were not seen in this call"):
-                model(x).pow(2).sum().backward()
-            return
-        model(x).pow(2).sum().backward()
-        grads.append([p.grad.clone() for p in refold.trainable_parameters(model).values()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("deep", [True, False])
-def test_low_precision_stays_near(name, deep):
-    model = attached(name, refold.VPT(tokens=3, deep=deep), torch.float32)
-    x = images(model)
-    exact = model(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert relative(model(x), exact) < 0.05
-    assert next(p for n, p in model.named_parameters() if "prompts" in n).dtype == torch.float32
-    low = model.bfloat16()
-    assert relative(low(x.bfloat16()), exact) < 0.1
-    refold.attach(made(name, torch.bfloat16), refold.VPT(tokens=3, deep=deep))
-
-
-@pytest.mark.parametrize("name", ["class_token", "rotation"])
-@pytest.mark.parametrize("deep", [True, False])
-def test_images_of_another_size(name, deep):
-    make = partial(MODELS[name], dynamic_img_size=True)
-    model = make().double().eval()
-    perturb(dict(model.named_parameters()), 0.2)
-    plain = copy.deepcopy(model)
-    refold.attach(model, refold.VPT(tokens=3, deep=deep), trainable=())
-    perturb(refold.trainable_parameters(model), 0.5)
-    own = prompts(model)
-    run = partial(paper.deep, prompts=own) if deep else partial(paper.shallow, prompts=own[0])
-    x = torch.randn(2, 3, 48, 24, dtype=torch.float64)
-    assert relative(model(x), formula(name, plain, x, run)) < 1e-12
-
-
-@pytest.mark.parametrize(
-    "name", ["class_token", "rotation", "bias_by_relative_position", "bias_from_an_mlp", "windows"]
-)
-@pytest.mark.parametrize("deep", [True, False])
-def test_it_exports(name, deep):
-    model = attached(name, refold.VPT(tokens=3, deep=deep), torch.float32)
-    x = images(model)
-    program = torch.export.export(model, (x,)).module()
-    other = images(model, seed=1)
-    assert relative(program(other), model(other)) < 1e-5
-    assert relative(program(other), program(x)) > 1e-3
-
-
-# -- states -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("deep", [True, False])
-def test_files_copies_and_the_way_back(name, deep, tmp_path):
-    model = attached(name, refold.VPT(tokens=3, deep=deep))
-    x = images(model)
-    before = model(x)
-    path = refold.save(model, tmp_path / "prompts.safetensors")
-    for other in (refold.load(made(name), path), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(x), before)
-    plain = made(name)
-    with refold.disabled(model), torch.no_grad():
-        assert torch.equal(model(x), plain(x))
-    with pytest.raises(refold.MergeError, match="VPT"):
-        refold.merge(model)
-    refold.detach(model)
-    assert hooks_left(model) == 0
-    with torch.no_grad():
-        assert torch.equal(model(x), plain(x))
-    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
-        assert ours.__dict__.keys() == theirs.__dict__.keys()
-        assert all(ours.__dict__[k] == v for k, v in theirs.__dict__.items() if isinstance(v, (int, tuple)))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
-
-
-class Interrupt(BaseException):
-    """As Ctrl-C is one, torch runs no hook behind it."""
-
-
-@pytest.mark.parametrize("name", ["rotation", "bias_by_relative_position", "bias_from_an_mlp", "windows"])
-@pytest.mark.parametrize("kind", [ValueError, Interrupt])
-def test_positions_come_back_when_a_forward_breaks(name, kind):
-    model = attached(name, refold.VPT(tokens=3))
-    x = images(model)
-    before, plain = model(x), made(name)
-
-    def broken(*args):
-        raise kind
-
-    block = model.layers[0].blocks[1] if name == "windows" else model.blocks[1]
-    handle = block.attn.proj.register_forward_hook(broken)
-    with pytest.raises(kind):
-        model(x)
-    if kind is ValueError:
-        assert attributes(model) == attributes(plain)
-    handle.remove()
-    assert torch.equal(model(x), before)
-    assert attributes(model) == attributes(plain)
-    block.attn.proj.register_forward_hook(broken)
-    with pytest.raises(kind):
-        model(x)
-    refold.detach(model)
-    assert attributes(model) == attributes(plain)
-
-
-def attributes(model: nn.Module) -> list[tuple[object, ...]]:
-    names = ("num_prefix_tokens", "prefix_tokens", "window_area", "window_size", "bias_shape")
-    tables = ("relative_position_index", "relative_position_bias_table")
-    return [
-        (*(m.__dict__.get(n) for n in names), *(n in m.__dict__ and m.__dict__[n] is not None for n in tables))
-        for p, m in model.named_modules()
-        if "refold" not in p
-    ]
-
-
-def test_each_block_can_have_its_own_number():
-    overrides = (("blocks.0", 1), ("blocks.*", 5))
-    model = attached("class_token", refold.VPT(tokens=3, overrides=overrides))
-    assert [len(p) for p in prompts(model)] == [1, 5]
-    plain = made("class_token")
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "refold" not in k})
-    x = images(model)
-    expected = formula("class_token", plain, x, partial(paper.deep, prompts=prompts(model)))
-    assert relative(model(x), expected) < 1e-12
-    model = attached("windows", refold.VPT(tokens=3, sites="layers.1", overrides=(("layers.1.blocks.1.attn", 2),)))
-    assert [len(p) for p in prompts(model)] == [3, 2]
-    refold.attach(made("windows"), refold.VPT(tokens=3, sites=("layers.0.blocks.0", "layers.1.blocks.1.attn")))
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"tokens": 0}, "tokens=0"),
-        ({"deep": 1}, "deep=1"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"overrides": (("blocks.0", 0),)}, "overrides"),
-        ({"deep": False, "overrides": (("blocks.0", 2),)}, "shallow prompts are one set"),
-        ({"overrides": (("block.0", 2),)}, "none of the adapted layers matches"),
-        ({"sites": "layers.0"}, "no block has this path"),
-        ({"sites": "patch_embed"}, "no block has this path"),
-    ],
-)
-def test_what_it_is_told_must_make_sense(options, reason):
-    with pytest.raises(refold.SiteError, match=reason):
-        refold.attach(made("class_token"), refold.VPT(**options))

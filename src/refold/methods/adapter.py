@@ -10,7 +10,7 @@ scale for each channel (ones at the start) and is dropped in training for a tent
 
 D and U start as a normal of std 0.01 cut off at two of them and biases at zero, where it does not say otherwise: the
 start is near the backbone, not equal to it. On ViT-B/16 with hidden=8: 156,768 parameters (pfeiffer, noah), 313,536
-(houlsby), 165,984 (adapter+; 313,536 with hidden=16): sites (2 d h + h + d), and d more in adapter+.
+(houlsby), 165,984 (adapter+; 313,536 with hidden=16): 2 d h + h + d a place, and d more in adapter+.
 
 It folds with ``activation="identity"`` and z the output of a projection: ``W' = (I + U D) W``, ``b' = (I + U D) b +
 U a + b``. In adapter+ the stream passes it by, so it never does.
@@ -31,9 +31,9 @@ import torch
 from refold.adapters import LinearBottleneck
 from refold.adapters.nonlinear import ACTIVATIONS, Bottleneck
 from refold.methods.base import Method, Plan, are_sites, is_count, is_number, require
-from refold.methods.insertion import behind, last_layers, linear
+from refold.methods.insertion import behind_last, linear
 from refold.methods.overrides import are_sizes, as_tuples, require_matched, size_at
-from refold.places import branch_site, branches
+from refold.places import branch_sites
 from refold.sites import Site
 from refold.survey import Survey
 
@@ -78,8 +78,8 @@ class Adapter(Method):
     Raises:
         SiteError: a hyper-parameter is out of range.
 
-    Use it when a proven, cheap baseline is wanted and a few extra products in each block do no harm: ``"adapter+"`` is
-    the strongest of them, ``activation="identity"`` the one that costs nothing when merged.
+    Use it when a proven, cheap baseline is wanted and a few extra products in each block do no harm; with
+    ``activation="identity"`` and merged they cost nothing.
     """
 
     variant: str = "pfeiffer"
@@ -121,12 +121,11 @@ class Adapter(Method):
         return self._published.dropout if self.dropout is None else self.dropout
 
     def plan(self, survey: Survey) -> Plan:
+        roles = self._published.roles
         if self._published.behind_sum:
-            found, skipped = branches(survey, self.sites, self._published.roles)
-            sites = [branch_site(survey, branch, "sum") for branch in found]
+            sites, skipped = branch_sites(survey, self.sites, roles, "sum")
         else:
-            layers, skipped = last_layers(survey, self.sites, self._published.roles)
-            sites = [behind(survey, layer, folds=self.mergeable, dropout=self._dropout) for layer in layers]
+            sites, skipped = behind_last(survey, self.sites, roles, folds=self.mergeable, dropout=self._dropout)
         require_matched([path for path, _ in self.overrides], [site.path for site in sites])
         return Plan(tuple(sites), tuple(skipped))
 

@@ -19,7 +19,7 @@ import torch
 from refold.adapters.nonlinear import ACTIVATIONS, Bottleneck
 from refold.methods.base import Method, Plan, are_sites, is_count, is_number, require
 from refold.methods.overrides import are_sizes, as_tuples, require_matched, size_at
-from refold.places import branch_site, branches
+from refold.places import branch_sites
 from refold.sites import Site
 from refold.survey import Survey
 
@@ -67,9 +67,9 @@ class AdaptFormer(Method):
         require(self, "overrides", are_sizes(self.overrides), "a tuple of (path, hidden)")
 
     def plan(self, survey: Survey) -> Plan:
-        found, skipped = branches(survey, self.sites, ("mlp",))
-        require_matched([path for path, _ in self.overrides], [branch.exit for branch in found])
-        return Plan(tuple(branch_site(survey, branch, "stream") for branch in found), tuple(skipped))
+        sites, skipped = branch_sites(survey, self.sites, ("mlp",), "stream")
+        require_matched([path for path, _ in self.overrides], [site.path for site in sites])
+        return Plan(tuple(sites), tuple(skipped))
 
     def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> Bottleneck:
         hidden = size_at(site.path, self.overrides, self.hidden)

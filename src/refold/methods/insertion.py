@@ -12,12 +12,12 @@ from refold.adapters.nonlinear import start
 from refold.errors import SiteError
 from refold.fold import KINDS, kind_of
 from refold.methods.weight import noted
-from refold.places import block_site, branches, projection
+from refold.places import block_site, branches, projection, tried
 from refold.roles import ROLES
 from refold.sites import Layer, Site, Skipped
 from refold.survey import Survey
 
-__all__ = ["behind", "is_reached", "last_layers", "linear"]
+__all__ = ["behind", "behind_last", "is_reached", "last_layers", "linear"]
 
 
 def last_layers(
@@ -50,6 +50,20 @@ def last_layers(
     order = survey.trace.order
     unique = {layer.path: layer for layer in layers}
     return sorted(unique.values(), key=lambda la: order.get(la.path, order.get(la.owner or "", -1))), skipped
+
+
+def behind_last(
+    survey: Survey,
+    sites: str | Iterable[str] | None,
+    default: tuple[str, ...],
+    *,
+    folds: bool,
+    dropout: float = 0.0,
+) -> tuple[list[Site], list[Skipped]]:
+    """:func:`behind` each of :func:`last_layers`; with ``sites`` None those without such a site are left out."""
+    layers, skipped = last_layers(survey, sites, default)
+    made, more = tried(lambda la: behind(survey, la, folds=folds, dropout=dropout), layers, named=sites is not None)
+    return made, skipped + more
 
 
 def behind(survey: Survey, layer: Layer, *, folds: bool, dropout: float = 0.0) -> Site:

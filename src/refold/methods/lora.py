@@ -84,6 +84,8 @@ class LoRA(Method):
         sites = tuple(survey.weight_site(layer) for layer in layers)
         for site in sites:
             self._spans(site)
+            if set(self.rows or ()) & set(_PARTS):
+                survey.require_blocks(site.path)
             if self.dropout and site.owner is not None:
                 raise SiteError(
                     f"dropout={self.dropout} has no place: the layer's weight is replaced, its input is out of reach",

@@ -5,11 +5,12 @@
 z is what the attention's, and what the MLP's, last projection gives. The three matrices of each product are its own.
 All start Kaiming-uniform, so the start is noise beside the backbone, as published. On Swin-B, with two places in each
 block: 1,203,456 parameters with branches=2 (the paper's LoRand), 2,370,816 with 4 (LoRand+), 4,705,536 with 8
-(LoRand++): sites (n (3 r d + 2 r^2) + d/2 + d). It does not fold: it has an activation.
+(LoRand++): n (3 r d + 2 r^2) + d/2 + d a place. It does not fold: it has an activation.
 
-Deviations from released codes, on purpose: the adapter of the MLP sits behind it, as in the paper; a released code has
-it before. Channels are multiplied with P, then with Q K, which gives what the whole D and U would give with less work.
-z is what the projection gives, before a block's layer scale. Layouts: channels last and channels first.
+Deviations from released codes, on purpose: the MLP's adapter sits behind the MLP, as in the paper and its authors'
+later code, where others have it before. Channels are multiplied with P, then with Q K, which gives what the whole D and
+U would give with less work. z is what the projection gives, before a block's layer scale. Layouts: channels last and
+channels first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from refold.adapters.products import ProductBottleneck
 from refold.methods.base import Method, Plan, is_count, require
-from refold.methods.insertion import behind, last_layers
+from refold.methods.insertion import behind_last
 from refold.methods.weight import check_usual
 from refold.sites import Site
 from refold.survey import Survey
@@ -60,8 +61,8 @@ class LoRand(Method):
         require(self, "branches", is_count(self.branches), "a positive integer")
 
     def plan(self, survey: Survey) -> Plan:
-        layers, skipped = last_layers(survey, self.sites, ("attention", "mlp"))
-        return Plan(tuple(behind(survey, layer, folds=False) for layer in layers), tuple(skipped))
+        sites, skipped = behind_last(survey, self.sites, ("attention", "mlp"), folds=False)
+        return Plan(tuple(sites), tuple(skipped))
 
     def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> ProductBottleneck:
         hidden = max(site.width // 2, 1)

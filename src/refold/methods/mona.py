@@ -4,8 +4,8 @@
 
 x is the stream behind the attention's, and behind the MLP's, residual sum. F3, F5 and F7 are depthwise filters, Mix is
 1 x 1; g starts at 1e-6 and f at 1, for each channel, D and U as a normal of std 0.02 with zero biases and the filters
-as torch's layers do: the start is noise beside the backbone, as published. Sites (133 d + 9,728 with hidden=64)
-parameters: 5,267,712 on Swin-L, as the released training log has it (the paper's table prints 5.08M), and 3,667,456 on
+as torch's layers do: the start is noise beside the backbone, as published. A place has 133 d + 9,728 parameters with
+hidden=64: 5,267,712 on Swin-L, as the released training log has it (the paper's table prints 5.08M), and 3,667,456 on
 Swin-B (printed 4.16M). It does not fold: it has an activation and mixes positions.
 
 Deviations from the released code, on purpose: a class token or registers, which Swin has not, pass the filters alone,
@@ -22,7 +22,7 @@ import torch
 from refold.adapters.multiscale import MultiScaleBottleneck
 from refold.methods.base import Method, Plan, is_count, require
 from refold.methods.weight import check_usual
-from refold.places import branch_site, branches, on_grid
+from refold.places import branch_sites, on_grid
 from refold.sites import Site
 from refold.survey import Survey
 
@@ -41,8 +41,8 @@ class Mona(Method):
     Raises:
         SiteError: a hyper-parameter is out of range.
 
-    Use it for detection and segmentation, where the adapter may stay in the model: on Swin it is ahead of full
-    fine-tuning there, for as much memory.
+    Use it for detection and segmentation, where the adapter may stay in the model: with Swin it is printed ahead of
+    full fine-tuning there, for little less memory.
     """
 
     hidden: int = 64
@@ -59,8 +59,8 @@ class Mona(Method):
         require(self, "hidden", is_count(self.hidden), "a positive integer")
 
     def plan(self, survey: Survey) -> Plan:
-        found, skipped = branches(survey, self.sites, ("attention", "mlp"))
-        sites, flat = on_grid(survey, [branch_site(survey, branch, "sum") for branch in found])
+        sites, skipped = branch_sites(survey, self.sites, ("attention", "mlp"), "sum")
+        sites, flat = on_grid(survey, sites)
         return Plan(tuple(sites), tuple(skipped + flat))
 
     def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> MultiScaleBottleneck:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from refold.adapters import RowBlocks, WeightAdapter
+from refold.errors import SiteError
 from refold.methods.base import Plan
 from refold.methods.weight import WeightMethod, noted
 from refold.roles import PARTS
-from refold.sites import Site
+from refold.sites import Site, Skipped
 from refold.survey import Survey, matches
 
 __all__ = ["PartsMethod", "rows_of"]
@@ -44,7 +45,18 @@ class PartsMethod(WeightMethod):
 
     def plan(self, survey: Survey) -> Plan:
         plan = super().plan(survey)
-        return Plan(tuple(self._told(site) for site in plan.sites if rows_of(site, self.letters) != {}), plan.skipped)
+        sites, skipped = [], list(plan.skipped)
+        for site in plan.sites:
+            rows = rows_of(site, self.letters)
+            try:
+                if rows is not None and len(rows) > 1:
+                    survey.require_blocks(site.path)
+            except SiteError as error:
+                skipped.append(Skipped(site.path, error.reason))
+                continue
+            if rows != {}:
+                sites.append(self._told(site))
+        return Plan(tuple(sites), tuple(skipped))
 
     def _told(self, site: Site) -> Site:
         """With a note on the rows that are adapted, where these are not all or nothing told them apart."""

@@ -33,9 +33,9 @@ from refold.adapters import Adapter, LowRank
 from refold.adapters.nonlinear import ACTIVATIONS, Bottleneck, GatedBottleneck
 from refold.errors import SiteError
 from refold.methods.base import Method, Plan, is_count, require
-from refold.methods.insertion import behind, is_reached, last_layers, linear
+from refold.methods.insertion import behind, behind_last, is_reached, linear
 from refold.methods.weight import check_usual, noted
-from refold.places import block_site, branch_site, branches
+from refold.places import block_site, branch_sites, tried
 from refold.sites import Layer, Site
 from refold.survey import Survey
 
@@ -102,16 +102,19 @@ class Unified(Method):
     def plan(self, survey: Survey) -> Plan:
         if self.representation == "projection":
             layers, skipped = survey.resolve(self.sites, ("attention",), moved=False)
+            sites, more = tried(lambda layer: self._at(survey, layer), layers, named=self.sites is not None)
+            skipped = skipped + more
         elif self.position == "sequential":
-            layers, skipped = last_layers(survey, self.sites, ("mlp",))
+            sites, skipped = behind_last(survey, self.sites, ("mlp",), folds=self.mergeable, dropout=self.dropout)
         else:
-            found, skipped = branches(survey, self.sites, ("mlp",))
-            return Plan(tuple(branch_site(survey, branch, self.reads) for branch in found), tuple(skipped))
-        if self.position == "sequential":
-            sites = [behind(survey, layer, folds=self.mergeable, dropout=self.dropout) for layer in layers]
-        else:
-            sites = [self._beside(survey, layer) for layer in layers]
+            sites, skipped = branch_sites(survey, self.sites, ("mlp",), self.reads)
         return Plan(tuple(sites), tuple(skipped))
+
+    def _at(self, survey: Survey, layer: Layer) -> Site:
+        """The site behind ``layer``, or beside it."""
+        if self.position == "sequential":
+            return behind(survey, layer, folds=self.mergeable, dropout=self.dropout)
+        return self._beside(survey, layer)
 
     def _beside(self, survey: Survey, layer: Layer) -> Site:
         """The site of a bottleneck from what ``layer`` reads to what it gives."""
