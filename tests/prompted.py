@@ -17,7 +17,7 @@ import refold
 from refold.hosting import hosted
 from zoo import build, perturb, vit
 
-__all__ = ["MODELS", "array", "attached", "made", "prompts"]
+__all__ = ["KINDS", "MODELS", "array", "attached", "made", "prompts"]
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 3}
 eva = partial(Eva, **SMALL, use_abs_pos_emb=False, use_rot_pos_emb=True, num_reg_tokens=2, init_values=0.5)
@@ -48,6 +48,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bias_from_an_mlp_with_class_token": partial(relpos, rel_pos_type="mlp", class_token=True, global_pool="token"),
     "windows": swin,
 }
+
+
+#: One of each kind.
+KINDS = (
+    "class_token", "open_clip", "rotation", "bias_by_relative_position", "bias_of_all_blocks", "bias_from_an_mlp",
+    "windows",
+)  # fmt: skip
 
 
 def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from refold import sides
-from refold.adapters import Adapter, ChannelAdapter, WeightAdapter
+from refold.adapters import Adapter, Call, ChannelAdapter, WeightAdapter
 from refold.errors import SiteError
 from refold.fold import KINDS, BatchNorm, Operator, fold_input, fold_output, fold_weight, input_shift, kind_of
 from refold.probe import tensors_of
@@ -153,7 +153,7 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
             if site.owner is None:
                 x = args[0] if args else kwargs["input"]
                 assert kind.run is not None
-                added = adapter.branch(x, partial(kind.run, layer), output, frozen, bias)
+                added = adapter.branch(Call(x, partial(kind.run, layer), output, frozen, bias))
                 output = output + (added if slot.noise is None else slot.noise(added, op.channel_dim))
             continue
         if site.owner is not None:

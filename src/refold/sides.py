@@ -149,7 +149,7 @@ def _leave_tokens(wire: Wire, adapter: TokenAdapter, output: Any) -> Any:
 
     def without(y: Tensor) -> Tensor:
         if stream is not None:  # the mean over the windows of an image goes on to the next host
-            adapter.carried = stream + y[:, first:last].unflatten(0, (len(stream), -1)).mean(1)
+            adapter.carried = stream + y[:, first:last].unflatten(0, (stream.shape[0], -1)).mean(1)
         return torch.cat((y[:, :first], y[:, last:]), 1)
 
     return map_output(output, without)

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import refold
-from prompted import MODELS, attached, made
+from prompted import KINDS, attached, made
 from refold.hosting import hooks_left, hosted
 from refold.state import state_of
 from zoo import images, relative
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("deep", [True, False])
 def test_every_token_learns_from_the_first_step(name, deep):
     model = refold.attach(made(name, torch.float32), refold.VPT(tokens=3, deep=deep)).train()
@@ -58,7 +58,7 @@ def test_checkpoints_give_the_same_gradient(name, deep):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("deep", [True, False])
 def test_low_precision_stays_near(name, deep):
     model = attached(name, refold.VPT(tokens=3, deep=deep), torch.float32)
@@ -91,7 +91,7 @@ def test_it_exports(name, deep):
     assert relative(program(other), program(x)) > 1e-3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("deep", [True, False])
 def test_files_copies_and_the_way_back(name, deep, tmp_path):
     model = attached(name, refold.VPT(tokens=3, deep=deep))

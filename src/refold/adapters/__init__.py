@@ -1,7 +1,7 @@
 """Adapters, one file per mathematical form. They know channels and weights, never layer types."""
 
 from refold.adapters.affine import ScaleShift
-from refold.adapters.base import Adapter, ChannelAdapter, WeightAdapter
+from refold.adapters.base import Adapter, Call, ChannelAdapter, WeightAdapter
 from refold.adapters.bottleneck import LinearBottleneck
 from refold.adapters.decomposed import Decomposed
 from refold.adapters.lowrank import LowRank
@@ -12,6 +12,7 @@ from refold.adapters.side import Layout, SideAdapter, TokenAdapter
 __all__ = [
     "Adapter",
     "BlockRotation",
+    "Call",
     "ChannelAdapter",
     "Decomposed",
     "Layout",

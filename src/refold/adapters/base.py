@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from refold.maps import ChannelMap, to_dense, to_float64
 
-__all__ = ["Adapter", "ChannelAdapter", "WeightAdapter", "autocast_input", "widened"]
+__all__ = ["Adapter", "Call", "ChannelAdapter", "WeightAdapter", "autocast_input", "widened"]
 
 
 class Adapter(nn.Module):
@@ -44,6 +45,24 @@ class ChannelAdapter(Adapter, ABC):
         """The map at evaluation, made of the adapter's tensors after ``cast``, by default detached and in float64."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a frozen layer, for the weight adapter beside it.
+
+    Attributes:
+        x: what the layer was given.
+        run: the layer's own geometry with another weight and no bias, ``run(x, weight)``.
+        output: what it returned.
+        weight, bias: its own, as stored.
+    """
+
+    x: Tensor
+    run: Callable[[Tensor, Tensor], Tensor]
+    output: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 class WeightAdapter(Adapter, ABC):
     """On a layer's weight: ``(W, b) -> (W', b')``, and a cheaper equal path over activations where there is one.
 
@@ -57,26 +76,15 @@ class WeightAdapter(Adapter, ABC):
     def reparameterize(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The adapted weight and bias in the dtype of ``weight``; differentiable, no dropout."""
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """What the adapter adds to the layer's output for the input ``x``: here ``(W' - W) x + b' - b``.
+    def branch(self, call: Call) -> Tensor:
+        """What the adapter adds to the layer's output: here ``(W' - W) x + b' - b``.
 
         A map with structure overrides it with less work: this one costs as much as the layer itself.
-
-        Args:
-            run: the layer's own geometry with another weight and no bias, ``run(x, weight)``.
-            output, weight, bias: the frozen layer's.
         """
-        wide = widened(weight, self)
+        wide, bias = widened(call.weight, self), call.bias
         moved, shift = self.reparameterize(wide, None if bias is None else bias.to(wide.dtype))
-        x = autocast_input(x)
-        added = run(x, (moved - wide).to(x.dtype))
+        x = autocast_input(call.x)
+        added = call.run(x, (moved - wide).to(x.dtype))
         if shift is None or shift is bias:
             return added
         shift = shift if bias is None else shift - bias

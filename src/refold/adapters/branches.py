@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refold.adapters.base import WeightAdapter, autocast_input, widened
+from refold.adapters.base import Call, WeightAdapter, autocast_input, widened
 from refold.adapters.pointwise import along, mix
 
 __all__ = ["Branches"]
@@ -90,17 +88,10 @@ class Branches(WeightAdapter):
             return moved, (self.scale * shift).to(weight.dtype)
         return moved, (bias + self.scale * (shift + behind.times(bias.to(wide)))).to(weight.dtype)
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        x, dim = autocast_input(x), self.channel_dim
-        output = output.to(x.dtype)
-        parallel = self._expand(self.parallel, run(x, self.parallel.down.to(x)))
+    def branch(self, call: Call) -> Tensor:
+        x, dim = autocast_input(call.x), self.channel_dim
+        output = call.output.to(x.dtype)
+        parallel = self._expand(self.parallel, call.run(x, self.parallel.down.to(x)))
         return parallel + self._expand(self.sequential, mix(output, self.sequential.down.to(x), dim))
 
     def _expand(self, part: _Branch, code: Tensor) -> Tensor:

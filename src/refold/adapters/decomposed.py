@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from refold.adapters.base import widened
+from refold.adapters.base import Call, widened
 from refold.adapters.lowrank import LowRank
 
 __all__ = ["Decomposed"]
@@ -47,16 +45,9 @@ class Decomposed(LowRank):
         factor = self._factor(wide).view(-1, *[1] * (weight.dim() - 1))
         return (factor * (wide + self.delta(wide))).to(weight.dtype), bias
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        factor = self._factor(widened(weight, self))
+    def branch(self, call: Call) -> Tensor:
+        factor, output, bias = self._factor(widened(call.weight, self)), call.output, call.bias
         shape = (-1, *[1] * (-self.channel_dim - 1))
         frozen = output if bias is None else output - bias.to(output.dtype).view(shape)
         moved = (factor - 1).to(output.dtype).view(shape) * frozen
-        return moved + self.expand(self.reduce(x, run), factor.to(self.up.dtype)[:, None] * self.up)
+        return moved + self.expand(self.reduce(call), factor.to(self.up.dtype)[:, None] * self.up)

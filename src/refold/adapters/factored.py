@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refold.adapters.base import WeightAdapter, autocast_input, widened
+from refold.adapters.base import Call, WeightAdapter, autocast_input, widened
 from refold.adapters.pointwise import mix
 
 __all__ = ["Factored", "Factors"]
@@ -113,21 +113,14 @@ class Factored(WeightAdapter):
         wide = widened(weight, self)
         return (wide + self.delta(wide)).to(weight.dtype), bias
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        x, dim = autocast_input(x), self.channel_dim
+    def branch(self, call: Call) -> Tensor:
+        x, dim = autocast_input(call.x), self.channel_dim
         rows, columns = self.slices
         missing = columns * self.width - self.inside
         if missing:
             x = F.pad(x, (*[0, 0] * (-dim - 1), 0, missing))
         reduced = mix(x.unflatten(dim, (columns, self.width)), self.factors.down.to(x), dim).flatten(dim - 1, dim)
-        codes = F.dropout(run(reduced, self._core(x)), self.dropout, self.training)
+        codes = F.dropout(call.run(reduced, self._core(x)), self.dropout, self.training)
         up = self.scale * self.factors.up.to(codes)
         expanded = mix(codes.unflatten(dim, (rows, self.rank)), up, dim).flatten(dim - 1, dim)
         return expanded.narrow(dim, 0, self.out)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from refold.adapters.base import ChannelAdapter, WeightAdapter, autocast_input, widened
+from refold.adapters.base import Call, ChannelAdapter, WeightAdapter, autocast_input, widened
 from refold.adapters.pointwise import mix
 from refold.maps import ChannelMap, to_float64
 
@@ -61,18 +61,11 @@ class Kronecker(WeightAdapter):
         product = torch.einsum("ab,ij...->aibj...", self.left.to(wide), self.right.to(wide))
         return (wide + self.scale * product.reshape(weight.shape)).to(weight.dtype), bias
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        x, dim = autocast_input(x), self.channel_dim
+    def branch(self, call: Call) -> Tensor:
+        x, dim = autocast_input(call.x), self.channel_dim
         spread = _spread(x, self.scale * self.left.to(x), dim)
         lead = spread.shape[:dim]  # the a1 parts go through B side by side, as a batch
-        parts = run(spread.flatten(0, dim - 1), self.right.to(x))
+        parts = call.run(spread.flatten(0, dim - 1), self.right.to(x))
         return parts.unflatten(0, lead).flatten(dim - 1, dim)
 
     def extra_repr(self) -> str:

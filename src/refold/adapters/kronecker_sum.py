@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from refold.adapters.base import WeightAdapter, autocast_input, widened
+from refold.adapters.base import Call, WeightAdapter, autocast_input, widened
 from refold.adapters.pointwise import along, mix
 
 __all__ = ["KroneckerSum", "SharedBias", "SlowWeights"]
@@ -106,16 +106,9 @@ class KroneckerSum(WeightAdapter):
         constant = self.constant.value.to(weight)
         return moved, constant if bias is None else bias + constant
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        x = autocast_input(x)
-        added = mix(run(x, self._down(x)), self.scale * self._up(x), self.channel_dim)
+    def branch(self, call: Call) -> Tensor:
+        x = autocast_input(call.x)
+        added = mix(call.run(x, self._down(x)), self.scale * self._up(x), self.channel_dim)
         return added + along(self.constant.value.to(x), self.channel_dim) if self.shift else added
 
     def extra_repr(self) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refold.adapters.base import WeightAdapter, autocast_input
+from refold.adapters.base import Call, WeightAdapter, autocast_input
 from refold.adapters.pointwise import mix
 
 __all__ = ["LowRank"]
@@ -48,20 +47,13 @@ class LowRank(WeightAdapter):
     def reparameterize(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta(weight), bias
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        return self.expand(self.reduce(x, run), self.up)
+    def branch(self, call: Call) -> Tensor:
+        return self.expand(self.reduce(call), self.up)
 
-    def reduce(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def reduce(self, call: Call) -> Tensor:
         """``Down x`` by the layer's own geometry."""
-        x = F.dropout(autocast_input(x), self.dropout, self.training)
-        return run(x, self.down.to(x.dtype))
+        x = F.dropout(autocast_input(call.x), self.dropout, self.training)
+        return call.run(x, self.down.to(x.dtype))
 
     def expand(self, hidden: Tensor, up: Tensor) -> Tensor:
         """``scale * up`` times the hidden channels."""

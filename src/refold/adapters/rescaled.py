@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from refold.adapters.base import WeightAdapter, autocast_input, widened
+from refold.adapters.base import Call, WeightAdapter, autocast_input, widened
 from refold.adapters.pointwise import along
 from refold.maps import to_dense
 
@@ -54,17 +53,10 @@ class Rescaled(WeightAdapter):
         constant = self.bias.to(weight)
         return moved, constant if bias is None else bias + constant
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        x, dim = autocast_input(x), self.channel_dim
+    def branch(self, call: Call) -> Tensor:
+        x, dim = autocast_input(call.x), self.channel_dim
         # One more product with the frozen weight; a changed weight would cost one, and another for its gradient.
-        frozen = run(x * along(self.columns.to(x), dim), to_dense(weight).to(x))
+        frozen = call.run(x * along(self.columns.to(x), dim), to_dense(call.weight).to(x))
         added = along(self.rows.to(x), dim) * frozen
         return added if self.bias is None else added + along(self.bias.to(x), dim)
 

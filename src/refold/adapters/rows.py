@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from refold.adapters.base import WeightAdapter
+from refold.adapters.base import Call, WeightAdapter
 from refold.maps import to_dense
 
 __all__ = ["RowBlocks"]
@@ -45,19 +46,14 @@ class RowBlocks(WeightAdapter):
             end = stop
         return torch.cat([*parts, weight[end:]]), torch.cat([*shifts, base[end:]]) if changed else bias
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        added, weight = torch.zeros_like(output), to_dense(weight)  # a packed weight has no rows to take
+    def branch(self, call: Call) -> Tensor:
+        output, bias = call.output, call.bias
+        added, weight = torch.zeros_like(output), to_dense(call.weight)  # a packed weight has no rows to take
         for index, (start, stop) in enumerate(self.spans):
             rows, width = slice(start, stop), stop - start
             part = output.narrow(self.channel_dim, start, width)
-            block = self._block(index).branch(x, run, part, weight[rows], None if bias is None else bias[rows])
+            beside = replace(call, output=part, weight=weight[rows], bias=None if bias is None else bias[rows])
+            block = self._block(index).branch(beside)
             added.narrow(self.channel_dim, start, width).copy_(block)
         return added
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refold.adapters.base import WeightAdapter, autocast_input, widened
+from refold.adapters.base import Call, WeightAdapter, autocast_input, widened
 from refold.adapters.convbottleneck import spatially
 from refold.adapters.nonlinear import ACTIVATIONS
 from refold.adapters.pointwise import along, mix
@@ -134,16 +132,9 @@ class SeparableKernel(WeightAdapter):
         shift = up @ self.down_bias.to(wide) + (self.gamma * self.up_bias).to(wide)
         return moved, (shift if bias is None else bias + shift).to(weight.dtype)
 
-    def branch(
-        self,
-        x: Tensor,
-        run: Callable[[Tensor, Tensor], Tensor],
-        output: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        x, dim = autocast_input(x), self.channel_dim
-        hidden = run(x, self._dense(x))
+    def branch(self, call: Call) -> Tensor:
+        x, dim = autocast_input(call.x), self.channel_dim
+        hidden = call.run(x, self._dense(x))
         if self.down_bias is None or self.up_bias is None:
             return mix(hidden, self._out(hidden), dim)
         added = mix(hidden + along(self.down_bias.to(hidden), dim), self._out(hidden), dim)
