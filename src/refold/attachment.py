@@ -11,6 +11,7 @@ from torch import nn
 
 from refold import hosting
 from refold.errors import SiteError
+from refold.freezing import freeze_statistics, unfreeze_statistics
 from refold.methods import Method
 from refold.preparation import Prepared, build_adapters, parameters_under, prepare
 from refold.probe import forward, preserved
@@ -166,9 +167,9 @@ def _activate(model: nn.Module, state: State, name: str | None) -> None:
         if id(parameter) not in adapters:
             parameter.requires_grad_(key in trained and parameter.is_floating_point())
     hooks = hosting.hooks_left(model)
-    hosting.unfreeze_statistics(model)
+    unfreeze_statistics(model)
     if record is not None and not record.trains_statistics:
-        hosting.freeze_statistics(model, keep=record.head)
+        freeze_statistics(model, keep=record.head)
     if hosting.hooks_left(model) != hooks:
         drop_compiled()
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from refold import sides
 from refold.adapters import Adapter, Call, ChannelAdapter, WeightAdapter
 from refold.errors import SiteError
-from refold.fold import KINDS, BatchNorm, Operator, fold_input, fold_output, fold_weight, input_shift, kind_of
+from refold.fold import KINDS, Operator, fold_input, fold_output, fold_weight, input_shift, kind_of
+from refold.freezing import FREEZING_HOOKS, remove_hooks
 from refold.probe import tensors_of
 from refold.recompute import require_recorded
 from refold.sides import Wire
@@ -33,24 +34,18 @@ __all__ = [
     "adapter_parameters",
     "adapters_of",
     "fold_site",
-    "freeze_statistics",
     "hooks_left",
     "host",
     "hosted",
     "is_free_name",
     "nearest_parameter",
     "silenced",
-    "unfreeze_statistics",
     "unhost",
     "unused",
 ]
 
 #: Name of the child that holds a layer's adapters; state-dict keys read ``<layer>.refold.<adapter>.<parameter>``.
 SLOT = "refold"
-#: In a frozen BatchNorm's ``__dict__``, the mode the user gave it, while its forward runs in evaluation.
-_MODE = "_refold_mode"
-#: The momentum it had when it was frozen.
-_MOMENTUM = "_refold_momentum"
 #: In the ``__dict__`` of a module that reads adapted weights itself: the paths below it of the layers they belong to.
 _SHADOWED = "_refold_shadowed"
 
@@ -247,18 +242,6 @@ def fold_site(
     return folded, bias
 
 
-def _keep_statistics(layer: nn.Module, args: tuple[Any, ...]) -> None:
-    """A frozen BatchNorm normalises with its stored statistics, and keeps them, also under ``model.train()``."""
-    setattr(layer, _MODE, layer.training)
-    # torch.optim.swa_utils.update_bn empties the statistics, takes the momentum away and has forwards refill them.
-    refilled = layer.momentum is None and layer.__dict__[_MOMENTUM] is not None
-    layer.training = layer.training and refilled
-
-
-def _restore_mode(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    layer.training = getattr(layer, _MODE)
-
-
 def host(model: nn.Module, site: Site, name: str, adapter: Adapter) -> None:
     """Put ``adapter`` on the site's host in ``model`` under ``name``, inactive."""
     layer = model.get_submodule(site.path)
@@ -316,50 +299,17 @@ def unhost(model: nn.Module, name: str | None = None) -> None:
                 slot.wires.pop(site.entry(key), None)
         if not slot.sites:
             del layer._modules[SLOT]
-            _remove_hooks(layer, _before, _after)
+            remove_hooks(layer, _before, _after)
     for module in model.modules():
         if sides.untap(module, name):
-            _remove_hooks(module, *sides.TAP_HOOKS)
+            remove_hooks(module, *sides.TAP_HOOKS)
         if name is None and module.__dict__.pop(_SHADOWED, None) is not None:
-            _remove_hooks(module, _shadow, _unshadow)
-
-
-def freeze_statistics(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
-    """Make every BatchNorm outside the ``keep`` paths keep its statistics, by a forward pre-hook."""
-    for path, module in model.named_modules():
-        inside = any(path == k or path.startswith(f"{k}.") for k in keep)
-        if isinstance(module, BatchNorm) and not inside and _keep_statistics not in module._forward_pre_hooks.values():
-            setattr(module, _MOMENTUM, module.momentum)
-            module.register_forward_pre_hook(_keep_statistics)
-            module.register_forward_hook(_restore_mode)
-
-
-def unfreeze_statistics(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, BatchNorm) and _remove_hooks(module, _keep_statistics, _restore_mode):
-            module.__dict__.pop(_MODE, None)
-            module.__dict__.pop(_MOMENTUM, None)
-
-
-def _remove_hooks(module: nn.Module, *fns: Callable[..., Any]) -> bool:
-    """Remove hooks by the functions they call: handles do not survive deepcopy and pickle, functions do."""
-    removed = False
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [k for k, v in hooks.items() if v in fns]:
-            del hooks[key]
-            removed = True
-            for flags in (
-                module._forward_pre_hooks_with_kwargs,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ):
-                flags.pop(key, None)
-    return removed
+            remove_hooks(module, _shadow, _unshadow)
 
 
 def hooks_left(model: nn.Module) -> int:
     """Number of refold's hooks left in the model; 0 after merge and detach."""
-    ours = {_before, _after, _shadow, _unshadow, _keep_statistics, _restore_mode, *sides.TAP_HOOKS}
+    ours = {_before, _after, _shadow, _unshadow, *FREEZING_HOOKS, *sides.TAP_HOOKS}
     return sum(
         fn in ours
         for m in model.modules()

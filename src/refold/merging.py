@@ -18,6 +18,7 @@ from refold.attachment import activate, exchange_owned
 from refold.comparison import LIMITS, compute_dtype, difference, run_probes
 from refold.errors import MergeError, RefoldError
 from refold.folding import fold_all
+from refold.freezing import unfreeze_statistics
 from refold.maps import to_float64
 from refold.state import (
     Kept,
@@ -258,7 +259,7 @@ def _park(model: nn.Module, state: State) -> None:
     for key, record in state.records.items():
         record.parked = hosting.adapters_of(model, record.sites, key)
     hosting.unhost(model)
-    hosting.unfreeze_statistics(model)
+    unfreeze_statistics(model)
 
 
 def _write(

@@ -84,11 +84,14 @@ METHODS = {
     "PACE": {"rank": 10, "sites": None},
     "SSF": {"sites": None},
     "Adapter": {
-        "variant": "pfeiffer", "hidden": 8, "activation": None, "dropout": None, "sites": None, "overrides": ()
-    },  # fmt: skip
-    "AdaptFormer": {
-        "hidden": 8, "scale": 0.1, "dropout": 0.1, "activation": "relu", "sites": None, "overrides": ()
-    },  # fmt: skip
+        "variant": "pfeiffer",
+        "hidden": 8,
+        "activation": None,
+        "dropout": None,
+        "sites": None,
+        "overrides": (),
+    },
+    "AdaptFormer": {"hidden": 8, "scale": 0.1, "dropout": 0.1, "activation": "relu", "sites": None, "overrides": ()},
     "Unified": {
         "hidden": 8,
         "scale": 4.0,
@@ -158,7 +161,8 @@ def test_methods_print_what_differs_from_the_default():
 
 
 def test_every_public_name_says_what_it_is():
-    undocumented = [n for n in (NAMES | METHODS.keys()) - {"METHODS", "__version__"} if not inspect.getdoc(getattr(refold, n))]
+    names = (NAMES | METHODS.keys()) - {"METHODS", "__version__"}
+    undocumented = [name for name in names if not inspect.getdoc(getattr(refold, name))]
     assert not undocumented
 
 
