@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from refold.attachment import detach
 from refold.comparison import LIMITS, difference, probe_examples, run_probes
@@ -114,6 +113,8 @@ def _count(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _operations(model: nn.Module, example: Any) -> int:
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton, which takes longer than all of refold
+
     counter, fast = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see inside fused attention layers
     try:

@@ -177,6 +177,7 @@ def _shadow(owner: nn.Module, args: tuple[Any, ...]) -> None:
     """
     for path in owner.__dict__[_SHADOWED]:
         layer = owner.get_submodule(path) if path else owner
+        _drop_shadow(layer)  # one that an interrupt (Ctrl-C) left would be folded into
         for adapter, site in _slot(layer).current():
             if site.owner is None:
                 continue

@@ -28,7 +28,7 @@ __all__ = ["TAP_HOOKS", "Wire", "enter", "leave", "map_output", "untap", "wire"]
 #: In the ``__dict__`` of a tapped module, and of the model: the wires that it feeds.
 _WIRES = "_refold_wires"
 #: Slots that read the residual stream before their host runs.
-_STREAM = frozenset({"stream", "sum", "before"})
+_STREAM = frozenset({"stream", "sum", "before", "tokens"})
 
 
 class Wire:
@@ -37,6 +37,7 @@ class Wire:
     Attributes:
         slot, name, site: the adapter: the host's slot, the adapter's name in the model, and its site.
         value: what was read, or computed, before the host ran.
+        norm: what reads the stream in front of a host of tokens; they pass it too.
         stream: tokens as they entered the branch whose result is added to them.
         grid: rows and columns of the tokens.
         covered: attributes that see the longer sequence while the host runs, see :mod:`refold.positions`.
@@ -46,6 +47,7 @@ class Wire:
     def __init__(self, slot: Slot, name: str, site: Site) -> None:
         self.slot, self.name, self.site = slot, name, site
         self.value: Tensor | None = None
+        self.norm: nn.Module | None = None
         self.stream: Tensor | None = None
         self.covered: list[Covered] = []
         self.grid: tuple[int, int] | None = None
@@ -121,7 +123,7 @@ def enter(
     assert route is not None
     x, new = _first(args, kwargs), None
     if route.source:
-        new = wire.take()
+        new = _behind_norm(wire, adapter, route.span)
         new = new.repeat_interleave(x.shape[0] // new.shape[0], dim=0)  # every window has those of its image
     elif route.span in ("", "first"):
         new = adapter.tokens(x.shape[0])
@@ -135,6 +137,28 @@ def enter(
         return args, kwargs
     parts = (x[:, : route.prefix], new.to(x.dtype), x[:, route.prefix :])
     return _map_input(args, kwargs, lambda _: torch.cat(parts, dim=1))
+
+
+def _behind_norm(wire: Wire, adapter: TokenAdapter, span: str) -> Tensor:
+    """The tokens (B, p, C) as the norm gives them whose result was cut into windows, with no place for them in it."""
+    x, norm = wire.take(), wire.norm
+    if span in ("", "first"):
+        tokens = adapter.tokens(x.shape[0])
+    else:
+        tokens, adapter.carried = adapter.carried, None
+    if tokens is None:
+        raise SiteError(
+            "the prompts that the block before made were not seen in this call",
+            where=wire.site.path,
+            remedy="Put gradient checkpoints around whole stages, or use deep=True",
+        )
+    wire.stream = tokens if span in ("first", "inside") else None
+    assert norm is not None
+    wires = norm.__dict__.pop(_WIRES)  # of this call nobody else is to know
+    try:
+        return norm(tokens.to(x.dtype))
+    finally:
+        norm.__dict__[_WIRES] = wires
 
 
 def _leave_tokens(wire: Wire, adapter: TokenAdapter, output: Any) -> Any:
@@ -215,37 +239,12 @@ def _read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     for found in _wires(module, "source"):
         if found.site.slot in _STREAM:
             found.value = _first(args, kwargs)
-        if found.site.slot == "tokens":
-            found.value = _through(module, found, _first(args, kwargs))
         if found.site.slot == "before":
             assert found.value is not None
             found.value = delta = found.run(found.value)
             args, kwargs = _map_input(args, kwargs, partial(found.join, delta=delta))
             changed = True
     return (args, kwargs) if changed else None
-
-
-def _through(norm: nn.Module, found: Wire, x: Tensor) -> Tensor:
-    """The tokens behind the norm in front of their host, which is where the features have no place for them yet."""
-    adapter, route = found.adapter, found.site.route
-    assert isinstance(adapter, TokenAdapter)
-    assert route is not None
-    if route.span in ("", "first"):
-        tokens = adapter.tokens(x.shape[0])
-    else:
-        tokens, adapter.carried = adapter.carried, None
-    if tokens is None:
-        raise SiteError(
-            "the prompts that the block before made were not seen in this call",
-            where=found.site.path,
-            remedy="Put gradient checkpoints around whole stages, or use deep=True",
-        )
-    found.stream = tokens if route.span in ("first", "inside") else None
-    wires = norm.__dict__.pop(_WIRES)  # this call is no one else's
-    try:
-        return norm(tokens.to(x.dtype))
-    finally:
-        norm.__dict__[_WIRES] = wires
 
 
 def _read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -307,6 +306,7 @@ def wire(model: nn.Module, slot: Slot, name: str, site: Site) -> Wire:
     assert route is not None
     if route.source:
         source = model.get_submodule(route.source)
+        new.norm = source if site.slot == "tokens" else None
         _tap(source, "source", new)
         if _read_input not in source._forward_pre_hooks.values():
             source.register_forward_pre_hook(_read_input, with_kwargs=True)

@@ -258,7 +258,7 @@ def test_what_was_described_belongs_to_each():
     assert description(model) == {"classes": ["x", "y", "z"], "task": "classify"}
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "half", "active", "kind", "sites", "keys", "pop", "", "a b", "a.b"])
+@pytest.mark.parametrize("name", ["train", "eval", "half", "active", "sites", "wires", "keys", "pop", "", "a b", "a.b"])
 def test_names_that_a_module_cannot_carry_are_refused_before_anything_changes(name):
     model = build("vit")
     with pytest.raises(refold.SiteError, match="cannot be an adapter's name"):

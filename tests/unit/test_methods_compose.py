@@ -72,13 +72,13 @@ def test_the_order_on_one_layer_is_weight_then_input_then_output():
 
 
 def test_side_adapters_join_those_that_fold():
-    method = refold.Compose([refold.AdaptFormer(hidden=2, dropout=0.0), refold.LoRA(rank=2, sites="mlp_out")])
+    method = refold.Compose([refold.Adapter(hidden=2), refold.LoRA(rank=2, sites="mlp_out")])
     model = trained("vit", method)
-    assert {s.slot for s in state_of(model).record().sites} == {"stream", "weight"}
+    assert {s.slot for s in state_of(model).record().sites} == {"output", "weight"}
     hosts = [s.path for s in state_of(model).record().sites]
     assert len(set(hosts)) == 2
     assert len(hosts) == 4  # the MLP's last layer carries both
-    with pytest.raises(refold.MergeError, match=r"AdaptFormer\(hidden=2, dropout=0.0\) does not fold"):
+    with pytest.raises(refold.MergeError, match=r"Adapter\(hidden=2\) does not fold"):
         refold.merge(model)
 
 

@@ -161,7 +161,7 @@ def test_swin_has_prompts_in_its_windows(deep):
     assert relative(plain(x), expected) > 1e-3
 
 
-@pytest.mark.parametrize("family", ["vit", "dinov2", "deit", "clip", "beit"])
+@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov3", "deit", "clip", "beit"])
 def test_transformers_backbones_are_the_formula_too(family):
     model, blocks, embedded, tail = transformers_model(family)
     refold.attach(model, refold.VPT(tokens=3), trainable=())
@@ -169,7 +169,7 @@ def test_transformers_backbones_are_the_formula_too(family):
     x, own = images(model), prompts(model)
     with refold.disabled(model), torch.no_grad():
         tokens = embedded(x)
-    at = 2 if family == "deit" else 1
+    at = {"deit": 2, "dinov3": 3}.get(family, 1)
     expected = tail(torch.from_numpy(paper.deep(array(tokens), blocks, at, own)))
     with refold.disabled(model):
         plain = model(x).last_hidden_state
@@ -188,6 +188,7 @@ def transformers_model(family: str):
     classes = {
         "vit": (hf.ViTConfig, partial(hf.ViTModel, add_pooling_layer=False)),
         "dinov2": (hf.Dinov2Config, hf.Dinov2Model),
+        "dinov3": (partial(hf.DINOv3ViTConfig, num_register_tokens=2), hf.DINOv3ViTModel),
         "deit": (hf.DeiTConfig, partial(hf.DeiTModel, add_pooling_layer=False)),
         "clip": (hf.CLIPVisionConfig, hf.CLIPVisionModel),
         "beit": (
@@ -207,8 +208,13 @@ def transformers_model(family: str):
         values = array(bias((4, 4))[0])
         for block in blocks:
             block.bias = values
+    if family == "dinov3":
+        cosines, sines = model.rope_embeddings(torch.zeros(1, 3, 32, 32).double())
+        for block in blocks:
+            block.half = True
+            block.rotation = paper.rotation(array(torch.cat((sines, cosines), -1)), block.heads, half=True)
     body = getattr(model, "vision_model", model)
-    final = next(getattr(body, n) for n in ("layernorm", "post_layernorm") if hasattr(body, n))
+    final = next(getattr(body, n) for n in ("layernorm", "post_layernorm", "norm") if hasattr(body, n))
     before = (lambda x: body.pre_layrnorm(body.embeddings(x))) if family == "clip" else body.embeddings
     return model, blocks, before, (lambda t: t) if family == "clip" else final
 
@@ -229,7 +235,7 @@ def transformers_block(layer: nn.Module) -> paper.Block:
     return paper.Block(
         2, both(norm1), (np.concatenate([array(p.weight) for p in (q, k, v)]), np.concatenate(biases)),
         both(find("out_proj", "o_proj", "dense")), both(find("norm2", "layernorm_after", "layer_norm2")),
-        both(find("fc1")), both(find("fc2")), tuple(gains), epsilon=norm1.eps,
+        both(find("fc1", "up_proj")), both(find("fc2", "down_proj")), tuple(gains), epsilon=norm1.eps,
         quick=any("QuickGELU" in type(m).__name__ for m in parts.values()),
     )  # fmt: skip
 

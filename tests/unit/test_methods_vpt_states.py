@@ -13,7 +13,7 @@ import refold
 from prompted import KINDS, attached, made
 from refold.hosting import hooks_left, hosted
 from refold.state import state_of
-from zoo import images, relative
+from zoo import images, perturb, relative
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -158,10 +158,67 @@ def attributes(model: nn.Module) -> list[tuple[object, ...]]:
     ]
 
 
+@pytest.mark.parametrize("name", ["rotation", "windows"])
+def test_two_of_them_take_turns(name):
+    """The second with other numbers, from block to block."""
+    methods = {"first": refold.VPT(tokens=3), "second": refold.VPT(tokens=5, deep=False)}
+    model, alone = made(name), {}
+    x = images(model)
+    for key, method in methods.items():
+        refold.attach(model, method, name=key)
+        perturb(refold.trainable_parameters(model), 0.5)
+        alone[key] = model(x)
+    for key, expected in alone.items():
+        refold.activate(model, key)
+        assert torch.equal(model(x), expected)
+    assert relative(*alone.values()) > 1e-3
+    refold.detach(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), made(name)(x))
+
+
+@pytest.mark.parametrize("name", ["rotation", "windows"])
+@pytest.mark.parametrize("deep", [True, False])
+def test_others_in_the_same_blocks_see_prompts_as_tokens(name, deep):
+    """Composed with SSF, which changes the norm that prompts of Swin pass, it is VPT on a backbone with SSF folded."""
+    method = refold.VPT(tokens=3, deep=deep)
+    both = refold.attach(made(name), refold.Compose([method, refold.SSF()]), trainable=())
+    perturb(refold.trainable_parameters(both), 0.2)
+    values = {key: value for key, value in both.state_dict().items() if "refold" in key}
+    merged = refold.attach(made(name), refold.SSF(), trainable=())
+    names = {key: key.replace("refold.default.", "refold.default@1.") for key in merged.state_dict() if "refold" in key}
+    merged.load_state_dict(merged.state_dict() | {key: values[other] for key, other in names.items()})
+    refold.merge(merged)
+    folded = made(name)
+    folded.load_state_dict(merged.state_dict())
+    model = refold.attach(folded, method, trainable=())
+    ours = {key: values[key] for key in model.state_dict() if "refold" in key}
+    model.load_state_dict(model.state_dict() | ours)
+    x = images(model)
+    assert relative(both(x), model(x)) < 1e-10
+    assert relative(both(x), made(name)(x)) > 1e-3
+
+
+def test_an_adapter_on_the_grid_does_not_take_prompts_for_it():
+    with pytest.raises(refold.SiteError, match="no grid"):
+        refold.attach(made("class_token"), refold.Compose([refold.VPT(tokens=9), refold.Convpass()]))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_attach_in_inference_mode(inside):
+    with torch.inference_mode(inside):
+        model = made("bias_by_relative_position")
+    with torch.inference_mode():
+        refold.attach(model, refold.VPT(tokens=3))
+        assert model(images(model)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"tokens": 0}, "tokens=0"),
+        ({"tokens": 1025}, "up to 1024"),
+        ({"overrides": (("blocks.0", 1025),)}, "up to 1024"),
         ({"deep": 1}, "deep=1"),
         ({"dropout": 1.0}, "dropout"),
         ({"overrides": (("blocks.0", 0),)}, "overrides"),

@@ -9,7 +9,7 @@ parameters) or dropped, with new ones for each of the L blocks (deep, L p d): wi
 convolution, 16 x 16 if there is none. It does not fold: the sequence is longer.
 
 Deep, a block takes its prompts out of its own result, which is what replacing them before the next comes to. So
-nothing outside of blocks ever sees them: no pool, no convolution between blocks, no feature that is collected.
+nothing outside of blocks ever sees them: no pool, no convolution between blocks, no feature collected behind one.
 
 Places: rotations leave prompts alone as they do class tokens, a bias by relative position or a mask is zero for them.
 Blocks on maps (Swin): in every window of the attention, behind its norm. Shallow, their mean over the windows goes on
@@ -17,8 +17,8 @@ through the MLP to the next block, and they end with the first stage, the paper 
 Every block is proved to take tokens as tokens (see :mod:`refold.prompting`), or refused.
 
 Deviations from the released code, on purpose: each width has its own bound at the start (there the first stage's, for
-all of Swin); prompts of Swin stay with their image (there its windows mix those of a batch) and do not go on
-fourfold through patch merging; drop path does not drop them. Layouts: tokens (B, N, C); maps with window attention.
+all of Swin); prompts of Swin stay with their image (there its windows mix those of a batch), do not go on fourfold
+through patch merging, and are not dropped by its drop path. Layouts: tokens (B, N, C); maps with window attention.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ from refold.survey import Survey
 
 __all__ = ["VPT"]
 
+#: Attach runs blocks with that many, and files of strangers say how many: attention over them must stay small.
+_MOST = 1024
+
 
 @dataclass(frozen=True)
 class VPT(Method):
     """Learned tokens in the sequence of every block, or from the first block on.
 
     Args:
-        tokens: p.
+        tokens: p, at most 1024; the paper has up to 200.
         deep: new prompts for every block; False lets those of the first go through all.
         dropout: of the prompts, in training only.
         sites: paths of blocks or of modules around them (``*`` allowed); None is all of them.
@@ -70,13 +73,14 @@ class VPT(Method):
     folds: ClassVar[str] = "no"
 
     def __post_init__(self) -> None:
-        require(self, "tokens", is_count(self.tokens), "a positive integer")
+        require(self, "tokens", is_count(self.tokens) and self.tokens <= _MOST, f"a positive integer up to {_MOST}")
         require(self, "deep", isinstance(self.deep, bool), "True or False")
         require(self, "dropout", is_number(self.dropout, 0.0, 0.999), "in [0, 1)")
         require(self, "sites", are_sites(self.sites), "None, a path, or a tuple of them")
         object.__setattr__(self, "overrides", as_tuples(self.overrides))
-        wants = "a tuple of (path, tokens)" if self.deep else "empty: shallow prompts are one set"
-        require(self, "overrides", are_sizes(self.overrides) and (self.deep or not self.overrides), wants)
+        fits = are_sizes(self.overrides) and all(tokens <= _MOST for _, tokens in self.overrides)
+        wants = f"a tuple of (path, tokens up to {_MOST})" if self.deep else "empty: shallow prompts are one set"
+        require(self, "overrides", fits and (self.deep or not self.overrides), wants)
 
     def plan(self, survey: Survey) -> Plan:
         hosts, skipped = token_hosts(survey, self.sites)
@@ -119,9 +123,11 @@ def _through(hosts: list[TokenHost]) -> list[Site]:
                     "no MLP behind its attention takes prompts on", where=host.block, remedy="Use deep=True"
                 )
             sites.append(host.mlp)
-    spans = ["first", *["inside"] * (len(sites) - 2), "last"] if len(sites) > 1 else [""]
-    first = sites[0].path
-    return [
-        replace(site, route=replace(site.route, span=span), shares=None if site.path == first else first)  # type: ignore[type-var]
-        for site, span in zip(sites, spans, strict=True)
+    first, *others = [
+        replace(site, route=None if site.route is None else replace(site.route, span=span))
+        for site, span in zip(sites, ["first", *["inside"] * (len(sites) - 2), "last"], strict=False)
     ]
+    if not others:
+        return sites
+    note = f"the prompts of {first.path} go on"
+    return [first, *(replace(site, shares=first.path, note=note) for site in others)]
