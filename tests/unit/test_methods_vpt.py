@@ -255,6 +255,31 @@ def test_images_of_another_size(name, deep):
     assert relative(model(x), formula(name, plain, x, run)) < 1e-12
 
 
+class Unfolded(nn.Module):
+    """A patch embedding without a convolution, and without a map of patches."""
+
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.grid_size, weight = embed.grid_size, embed.proj.weight
+        self.proj = nn.Linear(weight[0].numel(), len(weight), dtype=weight.dtype)
+        self.proj.load_state_dict({"weight": weight.flatten(1), "bias": embed.proj.bias})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(nn.functional.unfold(x, 8, stride=8).transpose(1, 2))
+
+
+def test_the_attention_itself_says_how_many_tokens_have_no_place():
+    """Where nothing shows the grid. The start takes patches of 16 x 16 then."""
+    model, other = attached("rotation", refold.VPT(tokens=3)), made("rotation")
+    other.patch_embed = Unfolded(other.patch_embed)
+    refold.attach(other, refold.VPT(tokens=3), example=images(model))
+    bound = math.sqrt(6 / (3 * 256 + 16))
+    assert all(0.9 * bound < np.abs(p).max() <= bound for p in prompts(other))
+    values = {key: value for key, value in model.state_dict().items() if not key.startswith("patch_embed")}
+    other.load_state_dict(other.state_dict() | values)
+    assert relative(other(images(model)), model(images(model))) < 1e-12
+
+
 def test_each_block_can_have_its_own_number():
     overrides = (("blocks.0", 1), ("blocks.*", 5))
     model = attached("class_token", refold.VPT(tokens=3, overrides=overrides))

@@ -58,6 +58,14 @@ def test_checkpoints_give_the_same_gradient(name, deep):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_prompts_of_an_earlier_forward_are_never_used_again():
+    """Also where a part of the model runs alone, whose end nobody tells."""
+    model = attached("windows", refold.VPT(tokens=3, deep=False)).train()
+    model.set_grad_checkpointing()
+    with pytest.raises(refold.SiteError, match="were not seen in this call"):
+        model.forward_features(images(model)).pow(2).sum().backward()
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("deep", [True, False])
 def test_low_precision_stays_near(name, deep):
