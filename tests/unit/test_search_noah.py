@@ -46,6 +46,10 @@ MAXIMA = {
     "LoRA": refold.LoRA(rank=4),
     "Adapter": refold.Adapter(variant="noah", hidden=4),
     "AdaptFormer": refold.AdaptFormer(hidden=4),
+    "Houlsby": refold.Adapter(variant="houlsby", hidden=4),
+    "Adapter+": refold.Adapter(variant="adapter+", hidden=4),
+    "linear Adapter": refold.Adapter(hidden=4, activation="identity"),
+    "LoRA on query and value": refold.LoRA(rank=4, rows=("q", "v"), scale=0.5),
 }
 CHOICES = (0, 1, 2, 4)
 
@@ -76,6 +80,8 @@ def alone(net: SuperNet, sizes: Sizes, family: str) -> nn.Module:
         ("torchvision_vit", ("VPT", "LoRA")),
         ("convnext", ("LoRA", "Adapter", "AdaptFormer")),
         ("resnet", ("LoRA",)),
+        ("vit", ("LoRA on query and value", "linear Adapter")),
+        ("vit", ("Houlsby", "Adapter+")),
     ],
     ids=str,
 )
@@ -119,6 +125,22 @@ def test_gradients_reach_the_rows_in_use_and_no_others():
             outside = parameter.grad.clone()
             outside[used] = 0
             assert not outside.any()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (refold.DoRA(rank=4), "DoRA: its adapters do not nest"),
+        (refold.VPT(tokens=4, deep=False), "has its adapter from another place"),
+        (refold.LoRA(rank=4, overrides=(("blocks.0.attn.qkv", 2, 1.0),)), "LoRA: has overrides already"),
+        (refold.LoRA(rank=3), r"rank=3 among them"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_searched_is_refused(method, message):
+    model = refold.attach(build("vit"), method)
+    with pytest.raises(refold.SiteError, match=message):
+        Space.of(model, CHOICES)
 
 
 def toy(cap: int | None = None) -> Space:
@@ -205,7 +227,7 @@ def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def test_the_winner_is_the_best_on_validation_and_trained_from_its_weights(whole, pictures):
     folder, found = whole
     notes = json.loads((folder / "search.json").read_text())
-    assert [tuple(row["sizes"]) for row in notes["candidates"]] == [c.sizes for c in found.candidates]
+    assert [row["sizes"] for row in notes["candidates"]] == [" ".join(map(str, c.sizes)) for c in found.candidates]
     assert len({c.sizes for c in found.candidates}) == 6
     assert all(c.parameters <= 700 for c in found.candidates)
     assert found.best.worth == max(c.worth for c in found.candidates)

@@ -21,6 +21,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 import refold
 from refold.errors import DataError, RefoldError
 from refold.methods import Method
@@ -120,6 +122,7 @@ def noah(
     notes = _Notes(output, settings, net.space, metric)
     if resume:
         notes.read()
+    _alone(net, net.space.sample(Random(config.seed)), config, splits)  # to fail before hours of training, not behind
     folder.open(training)
     notes.write()
     try:
@@ -140,12 +143,11 @@ def noah(
         raise
     best = max(candidates, key=lambda candidate: candidate.worth)
     method = net.space.method(best.sizes)
-    winner = config.replace(method=method, output=str(output / "best"))
-    small, _ = build_attached(winner, splits.task, splits.classes)
-    net.hand_down(best.sizes, small)
+    small = _alone(net, best.sizes, config, splits)
     start = refold.save(small, output / "start.safetensors")
     notes.write(best=candidates.index(best), method=method.to_json())
-    result = train(winner.replace(start=str(start)), resume=resume, progress=progress)
+    winner = config.replace(method=method, start=str(start), output=str(output / "best"))
+    result = train(winner, resume=resume, progress=progress)
     return Found(method, best, candidates, result)
 
 
@@ -176,6 +178,13 @@ def _train(
         )
     finally:
         net.release()
+
+
+def _alone(net: SuperNet, sizes: Sizes, config: TrainConfig, splits: Splits) -> nn.Module:
+    """A fresh backbone with the sub-net's own method, and the weights that it has in the super-net."""
+    model, _ = build_attached(config.replace(method=net.space.method(sizes)), splits.task, splits.classes)
+    net.hand_down(sizes, model)
+    return model
 
 
 def _scorer(
@@ -220,8 +229,8 @@ class _Notes:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             before, rows = data["settings"], data["candidates"]
-            self.metrics = {tuple(row["sizes"]): row["metrics"] for row in rows}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.metrics = {tuple(map(int, row["sizes"].split())): row["metrics"] for row in rows}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"cannot be read ({error})", where=str(path), remedy="Remove it to search again") from error
         check_same(before, self.settings)
 
@@ -242,7 +251,7 @@ class _Notes:
         names = [type(method).__name__ for method in self.space.methods]
         places = [f"{names[place.site.part]} {place.site.path}" for place in self.space.places]
         rows = [
-            {"sizes": sizes, "parameters": self.space.cost(sizes), "metrics": metrics}
+            {"sizes": " ".join(map(str, sizes)), "parameters": self.space.cost(sizes), "metrics": metrics}
             for sizes, metrics in self.metrics.items()
         ]
         content = {"settings": self.settings, "metric": self.metric, "places": places, "candidates": rows, **more}

@@ -12,7 +12,11 @@ from torch import nn
 
 from refold.errors import SiteError
 from refold.methods import Compose, Method
+from refold.methods.adapter import Adapter
+from refold.methods.adaptformer import AdaptFormer
 from refold.methods.inplace import LinearProbe
+from refold.methods.lora import LoRA
+from refold.methods.vpt import VPT
 from refold.sites import Site
 from refold.state import require_state
 
@@ -21,7 +25,7 @@ __all__ = ["SIZES", "Place", "Sizes", "Space"]
 #: One size for each place of a space, in its order.
 Sizes = tuple[int, ...]
 #: The methods whose adapters nest, the small one being the first rows of a large one's tensors: their size's name.
-SIZES = {"VPT": "tokens", "LoRA": "rank", "Adapter": "hidden", "AdaptFormer": "hidden"}
+SIZES: dict[type[Method], str] = {VPT: "tokens", LoRA: "rank", Adapter: "hidden", AdaptFormer: "hidden"}
 
 
 @dataclass(frozen=True)
@@ -143,12 +147,12 @@ class Space:
 
 def resized(method: Method, size: int) -> Method:
     """The method with another size everywhere."""
-    return replace(method, **{SIZES[type(method).__name__]: size})
+    return replace(method, **{SIZES[type(method)]: size})
 
 
 def narrowed(method: Method, sizes: dict[str, int], count: int) -> Method:
     """The method at the paths of ``sizes`` alone, in those sizes; ``count`` is how many paths it has itself."""
-    rest = (method.scale,) if type(method).__name__ == "LoRA" else ()  # type: ignore[attr-defined]
+    rest = (method.scale,) if isinstance(method, LoRA) else ()
     changes: dict[str, Any] = {
         "overrides": tuple((path, size, *rest) for path, size in sizes.items() if size != _size(method))
     }
@@ -158,18 +162,19 @@ def narrowed(method: Method, sizes: dict[str, int], count: int) -> Method:
 
 
 def _size(method: Method) -> int:
-    return getattr(method, SIZES[type(method).__name__])
+    return getattr(method, SIZES[type(method)])
 
 
 def _require_searchable(method: Method, choices: Sequence[int]) -> None:
     name = type(method).__name__
-    if name not in SIZES:
-        raise SiteError("its adapters do not nest", where=name, remedy=f"Search over {', '.join(SIZES)}")
+    if type(method) not in SIZES:
+        known = ", ".join(searched.__name__ for searched in SIZES)
+        raise SiteError("its adapters do not nest", where=name, remedy=f"Search over {known}")
     if getattr(method, "overrides", ()):
         raise SiteError("has overrides already", where=name, remedy="Give its largest size alone; the search sets them")
     if any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in choices) or _size(method) not in choices:
         raise SiteError(
-            f"choices={tuple(choices)} must be sizes of 0 or more, {SIZES[name]}={_size(method)} among them",
+            f"choices={tuple(choices)} must be sizes of 0 or more, {SIZES[type(method)]}={_size(method)} among them",
             where=name,
             remedy="Its largest choice is its own size",
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from refold.adapters import Adapter
+from refold.errors import SiteError
 from refold.hosting import adapters_of, hosted
 from refold.search.space import Place, Sizes, Space
 from refold.sites import Site
@@ -78,11 +79,12 @@ class SuperNet:
         record = state.record()
         small = adapters_of(model, record.sites, state.active or "")
         large = adapters_of(self.model, self._sites, self._name)
-        for place, size, key in self.space.sites(sizes):
-            adapter = small.pop(key)
+        wanted = {key: (place, size) for place, size, key in self.space.sites(sizes)}
+        if odd := sorted(small.keys() ^ wanted.keys()):
+            raise SiteError("the sub-net's method adapts other places than the super-net's", where=odd[0])
+        for key, (place, size) in wanted.items():
             values = dict(large[place.site.key].named_parameters())
-            adapter.load_state_dict({n: _first(values[n], shape) for n, shape in place.shapes[size].items()})
-        assert not small
+            small[key].load_state_dict({n: _first(values[n], shape) for n, shape in place.shapes[size].items()})
         for name in record.owned:
             value = get_tensor(self.model, name)
             assert value is not None
