@@ -4,7 +4,7 @@
 
 * runs: every method of ``refold.METHODS`` on ELPV; the best six by validation also on textile and on few-shot cut-outs
   (``accuracy_entries.py``, ``accuracy_data.py``). Hours on two cores; finished runs are kept in ``results/accuracy``
-  and not repeated: stop and start at will.
+  and not repeated: stop and start at will. Several processes share the work (``--threads 1``, one a core).
 * cost: step time, stored bytes and inference of each, half a minute a method, on a quiet machine (``results/cost``).
 * report: the table and the plots in ``docs/methods/results.md``, of what is finished.
 * list: the pieces and their state.
@@ -15,10 +15,12 @@ Runs, cost and report if none is named. ``python benchmarks/readme.py`` then bri
 from __future__ import annotations
 
 import argparse
+import fcntl
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,9 +35,12 @@ from accuracy_entries import VIT, Entry, entries, probe_of, unknown_names
 PARTS = ("runs", "cost", "report", "list")
 
 
-def pieces(chosen: list[Entry], stamps: Path) -> Iterator[tuple[str, Entry]]:
-    """What to run, in order; who goes on to the further data sets is known when the first is done."""
+def pieces(chosen: list[Entry], stamps: Path, *, wait: bool = False) -> Iterator[tuple[str, Entry]]:
+    """What to run, in order; who goes on to the further data sets is known when the first is done by all processes."""
     yield from ((accuracy_report.FIRST, entry) for entry in chosen)
+    for entry in chosen if wait else ():
+        with claim(accuracy_report.FIRST, entry, wait=True):  # another process may still be at it
+            pass
     going_on = accuracy_report.best(accuracy_report.finished())
     for dataset in accuracy_report.FURTHER:
         if not accuracy_data.available(dataset, stamps):
@@ -43,6 +48,19 @@ def pieces(chosen: list[Entry], stamps: Path) -> Iterator[tuple[str, Entry]]:
             continue
         probe = probe_of(next(e for e in entries() if e.backbone == VIT))
         yield from ((dataset, e) for e in (probe, *(e for e in going_on if e != probe)) if e in chosen)
+
+
+@contextmanager
+def claim(dataset: str, entry: Entry, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a piece while it is made: whether no other process holds it; ``wait`` until none does."""
+    accuracy_runs.ADAPTERS.mkdir(parents=True, exist_ok=True)
+    with (accuracy_runs.ADAPTERS / f"{dataset}-{entry.slug}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # the system frees it when we end
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def is_finished(dataset: str, entry: Entry) -> bool:
@@ -58,14 +76,15 @@ def is_finished(dataset: str, entry: Entry) -> bool:
 def runs(chosen: list[Entry], stamps: Path, most: int | None) -> bool:
     """Run unfinished pieces, at most so many; a method that fails does not stop the others. Whether none failed."""
     failed = done = 0
-    for dataset, entry in pieces(chosen, stamps):
+    for dataset, entry in pieces(chosen, stamps, wait=True):
         if done == most:
             break
         try:
-            if is_finished(dataset, entry):
-                continue
-            accuracy_runs.suite(dataset, entry, accuracy_data.load(dataset, stamps))
-            done += 1
+            with claim(dataset, entry) as ours:
+                if not ours or is_finished(dataset, entry):
+                    continue
+                accuracy_runs.suite(dataset, entry, accuracy_data.load(dataset, stamps))
+                done += 1
         except refold.SiteError as error:
             print(f"{entry.label}: not run: {error}")
         except Exception:  # a bug in one method must not cost the results of the others

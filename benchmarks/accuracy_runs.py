@@ -160,7 +160,7 @@ def train(
 
 
 def test(dataset: str, entry: Entry, point: Point, seed: int, splits: data.Splits | None) -> dict[str, float]:
-    """Score a finished run on test, in float32; once."""
+    """Score a finished run on test, once; in the precision that validation ran in."""
     key = f"{dataset}-{entry.slug}-{point.slug}-{seed}"
     path = _test_path(key)
     if not path.exists():
@@ -169,11 +169,12 @@ def test(dataset: str, entry: Entry, point: Point, seed: int, splits: data.Split
         assert splits.test is not None
         ready = resolve(ADAPTERS / f"{key}.safetensors")
         task = plain_task("classify", splits.classes)
+        precision = json.loads((RUNS / f"{key}.json").read_text())["precision"]
         result = score(
             ready.model, splits.test, splits.test.targets, ready.preprocessing, task,
-            accelerator=start_accelerator(), batch_size=64,
+            accelerator=start_accelerator(), batch_size=64, precision=precision,
         )  # fmt: skip
-        path.write_text(json.dumps(result.metrics, indent=1) + "\n")
+        path.write_text(json.dumps({**result.metrics, "precision": precision}, indent=1) + "\n")
         print(f"{key}: test {result.metrics['accuracy']:.4f}", flush=True)
     return json.loads(path.read_text())
 

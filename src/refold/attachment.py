@@ -12,6 +12,7 @@ from torch import nn
 from refold import hosting
 from refold.errors import SiteError
 from refold.freezing import freeze_statistics, unfreeze_statistics
+from refold.junctions import require_unseen
 from refold.methods import Method
 from refold.preparation import Prepared, build_adapters, parameters_under, prepare
 from refold.probe import forward, preserved
@@ -134,6 +135,7 @@ def _prove(model: nn.Module, state: State, prepared: Prepared, previous: str | N
         idle = hosting.unused(model, prepared.name)
         if idle:
             raise SiteError("its adapter was not in the path of a forward", where=idle[0], remedy="Choose other sites")
+        require_unseen(model, prepared.plan.sites, prepared.example.map(lambda t: t.to(device)))
     except SiteError as error:
         _activate(model, state, previous)
         hosting.unhost(model, prepared.name)

@@ -137,7 +137,7 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     for adapter, site in slot.current():
         wire = slot.wire(site)
         if wire is not None:
-            output = sides.leave(wire, args, kwargs, output)
+            output = sides.leave(wire, layer, args, kwargs, output)
             continue
         kind = KINDS[site.kind]
         op = kind.operator(layer)

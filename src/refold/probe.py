@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from refold.errors import SiteError
+from refold.flow import Flow, flow_of
 from refold.fold import NORMS, BatchNorm, kind_of
 from refold.residuals import Branch, residual_branches
 
@@ -65,6 +66,7 @@ class Trace:
         shapes: module path -> shape of what it returned first, for the modules called once.
         inputs: module path -> shape of what it was given first, for the modules called once.
         repeated: module path -> shape of what it returns at every call, for those called several times.
+        flow: which module's result leads to which, among those called once.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class Trace:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     repeated: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    flow: Flow = field(default_factory=Flow)
 
 
 def example_input(model: nn.Module) -> Example:
@@ -262,7 +265,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
     result.uses = uses.by_name()
     consumers = _consumers(tensors_of(final))
     _find_neighbours(model, result, inputs, outputs, consumers)
-    _find_branches(result, inputs, outputs, [t.grad_fn for t in tensors_of(final) if t.grad_fn is not None])
+    _find_flow(result, inputs, outputs, [t.grad_fn for t in tensors_of(final) if t.grad_fn is not None])
     return result
 
 
@@ -349,13 +352,13 @@ def _find_neighbours(
                 result.norm[reader] = path
 
 
-def _find_branches(
+def _find_flow(
     result: Trace,
     inputs: dict[str, list[Value]],
     outputs: dict[str, list[Value]],
     ends: list[Any],
 ) -> None:
-    """Fill in the residual branches and the shapes that tell how their features are laid out."""
+    """Fill in the flow of features, its residual branches, and the shapes that tell how features are laid out."""
     once = [path for path, calls in result.calls.items() if calls == 1]
     result.inputs = {p: tuple(inputs[p][0].tensor.shape) for p in once if inputs[p]}
     result.shapes = {p: tuple(outputs[p][0].tensor.shape) for p in once if outputs[p]}
@@ -363,7 +366,10 @@ def _find_branches(
     result.repeated = {p: shapes.pop() for p, shapes in found.items() if len(shapes) == 1}
     around = {parent for p in result.calls if p for parent in _parents(p)}
     leaves = frozenset(p for p in once if p not in around)  # no child ran: an adapter on it is none, either
-    result.branches = residual_branches(ends, _by_producer(inputs), _by_producer(outputs), leaves)
+    given, made = _by_producer(inputs), _by_producer(outputs)
+    result.branches = residual_branches(ends, given, made, leaves)
+    first = {p: outputs[p][0].producer for p in once if p and outputs[p] and outputs[p][0].producer is not None}
+    result.flow = flow_of(ends, given, first)
 
 
 def _parents(path: str) -> Iterator[str]:

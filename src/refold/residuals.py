@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Branch", "residual_branches"]
+__all__ = ["Branch", "residual_branches", "topological"]
 
 _ADD = "AddBackward0"
 
@@ -48,7 +48,7 @@ def residual_branches(
         makes: node -> paths of the modules that returned its result, in the order of their returns.
         leaves: paths of the modules called once in which no other ran, preferred as entry and exit.
     """
-    order = _topological(outputs)
+    order = topological(outputs)
     position = {node: index for index, node in enumerate(order)}
     returned = {path: number for number, path in enumerate(dict.fromkeys(p for ps in makes.values() for p in ps))}
     streams: dict[Any, Any] = {}  # residual sum -> the stream it belongs to
@@ -68,8 +68,8 @@ def residual_branches(
     return [branch for branch in branches if branch.inside]
 
 
-def _topological(outputs: Iterable[Any]) -> list[Any]:
-    """Every node behind ``outputs``, sources before what is computed from them."""
+def topological(outputs: Iterable[Any]) -> list[Any]:
+    """Every autograd node behind ``outputs``, sources before what is computed from them."""
     order, state = [], dict.fromkeys(outputs, False)
     pending = list(state)
     while pending:

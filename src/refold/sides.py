@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from refold.adapters import Adapter, Layout, SideAdapter, TokenAdapter
 from refold.errors import SiteError
 from refold.positions import Covered, Insertion, cover, spread, uncover
+from refold.probe import tensors_of
 from refold.sites import Site
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Wire:
         stream: tokens as they entered the branch whose result is added to them.
         grid: rows and columns of the tokens.
         covered: attributes that see the longer sequence while the host runs, see :mod:`refold.positions`.
+        own: the host's own output, where ``stand_in`` was returned in its place.
+        running: whether the host runs once more, for the adapter.
         used: whether the host ran with the adapter.
     """
 
@@ -51,6 +54,9 @@ class Wire:
         self.stream: Tensor | None = None
         self.covered: list[Covered] = []
         self.grid: tuple[int, int] | None = None
+        self.own: Tensor | None = None
+        self.stand_in: Tensor | None = None
+        self.running = False
         self.used = False
 
     @property
@@ -74,16 +80,16 @@ class Wire:
             )
         return value
 
-    def layout(self) -> Layout:
+    def layout(self, rerun: Callable[[Tensor], Tensor] | None = None) -> Layout:
         route = self.site.route
-        return Layout(self.site.channel_dim, route.prefix if route else 0, self.grid, self.site.path)
+        return Layout(self.site.channel_dim, route.prefix if route else 0, self.grid, self.site.path, rerun)
 
-    def run(self, x: Tensor) -> Tensor | None:
+    def run(self, x: Tensor, rerun: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
         """What the adapter adds, for features ``x``."""
         adapter = self.adapter
         assert isinstance(adapter, SideAdapter)
         with _precision(x):
-            return adapter(x, self.layout())
+            return adapter(x, self.layout(rerun))
 
     def join(self, features: Tensor, delta: Tensor | None) -> Tensor:
         """``features`` with what :meth:`run` gave."""
@@ -179,9 +185,11 @@ def _leave_tokens(wire: Wire, adapter: TokenAdapter, output: Any) -> Any:
     return map_output(output, without)
 
 
-def leave(wire: Wire, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def leave(wire: Wire, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The host's output with what the adapter adds."""
     adapter, slot = wire.adapter, wire.site.slot
+    if wire.running:
+        return output
     if wire.site.route is not None and wire.site.route.turns and wire.value is None:
         return output  # another branch's turn
     if not wire.used:
@@ -192,6 +200,11 @@ def leave(wire: Wire, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     adapter.arrive(_first(args, kwargs), wire.site.path)
     if slot == "output":
         return map_output(output, lambda y: wire.join(y, wire.run(y)))
+    if slot == "readout":
+        return map_output(output, partial(_stand_in, wire))
+    if slot == "again":
+        wire.run(_first(args, kwargs), partial(_again, wire, host, args, kwargs))
+        return output
     if slot == "sum":
         stream = wire.take()
         return map_output(output, lambda y: wire.join(y, wire.run(stream + y)))
@@ -202,6 +215,23 @@ def leave(wire: Wire, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     else:
         delta = wire.run(wire.take())
     return map_output(output, lambda y: wire.join(y, delta))
+
+
+def _stand_in(wire: Wire, own: Tensor) -> Tensor:
+    wire.own, wire.stand_in = own, wire.join(own, wire.run(own))
+    return wire.stand_in
+
+
+def _again(wire: Wire, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
+    args, kwargs = _map_input(args, kwargs, lambda _: x)
+    wires = host.__dict__.pop(_WIRES, None)  # of this call nobody else is to know
+    wire.running = True
+    try:
+        return next(tensors_of(host(*args, **kwargs)))
+    finally:
+        wire.running = False
+        if wires is not None:
+            host.__dict__[_WIRES] = wires
 
 
 def map_output(output: Any, fn: Callable[[Tensor], Tensor]) -> Any:
@@ -262,6 +292,23 @@ def _read_grid(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found.grid = (int(rows), int(columns))
 
 
+def _read_own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before a module that leads to further blocks: the host's own output in place of what stands in for it."""
+    changed = False
+    for found in _wires(module, "reader"):
+        own = found.own
+        if own is None or _first(args, kwargs) is not found.stand_in:
+            raise SiteError(
+                f"it was not given what {found.site.path} returned in this call",
+                where=found.site.path,
+                remedy="Turn gradient checkpointing off (this backbone keeps nothing for a backward pass), and run all "
+                "blocks in one call",
+            )
+        args, kwargs = _map_input(args, kwargs, lambda _, own=own: own)
+        changed = True
+    return (args, kwargs) if changed else None
+
+
 def _begin(model: nn.Module, args: tuple[Any, ...]) -> None:
     """When the model's forward begins."""
     for found in _wires(model, "model"):
@@ -284,7 +331,8 @@ def _release(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """When the model's forward ends, also by an exception."""
     # torch.compile traces this apart, and warns of gradients if it so much as looks at the output.
     for found in _wires(model, "model"):
-        found.value = found.stream = None
+        found.value = found.stream = found.own = found.stand_in = None
+        found.running = False  # an interrupt (Ctrl-C) may have left it
         adapter = found.adapter
         if isinstance(adapter, (SideAdapter, TokenAdapter)):
             adapter.release()
@@ -297,7 +345,7 @@ def _uncover(host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 #: Every hook this file puts on modules.
-TAP_HOOKS = (_read_input, _read_output, _read_grid, _begin, _require_out, _release, _uncover)
+TAP_HOOKS = (_read_input, _read_output, _read_grid, _read_own, _begin, _require_out, _release, _uncover)
 
 
 def wire(model: nn.Module, slot: Slot, name: str, site: Site) -> Wire:
@@ -316,6 +364,11 @@ def wire(model: nn.Module, slot: Slot, name: str, site: Site) -> Wire:
         _tap(grid, "grid", new)
         if _read_grid not in grid._forward_hooks.values():
             grid.register_forward_hook(_read_grid)
+    for path in route.readers:
+        reader = model.get_submodule(path)
+        _tap(reader, "reader", new)
+        if _read_own not in reader._forward_pre_hooks.values():
+            reader.register_forward_pre_hook(_read_own, with_kwargs=True)
     if site.slot == "tokens":
         host = model.get_submodule(site.path)
         _tap(host, "host", new)

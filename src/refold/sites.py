@@ -49,6 +49,7 @@ class Route:
         positions: paths below the host of the modules that keep positions of its tokens.
         patch: pixels of the patch that a token stands for.
         turns: whether the host is called for other branches as well: the adapter acts when its stream has been read.
+        readers: paths of the modules that get the host's own output, where the adapter's result stands in for it.
     """
 
     source: str = ""
@@ -59,6 +60,7 @@ class Route:
     positions: tuple[str, ...] = ()
     patch: int = 0
     turns: bool = False
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Site:
             ``"output"`` (they read that output), ``"parallel"`` (the host's input), ``"stream"`` (the residual
             stream that enters the branch of which the host is the end), ``"normed"`` (the same after its norm),
             ``"sum"`` (the stream plus the host's output: what leaves the branch), ``"before"`` (as ``"stream"``,
-            the result being added to what the branch reads as well), and ``"tokens"`` (tokens are put into the
-            host's input and taken out of its output).
+            the result being added to what the branch reads as well), ``"again"`` (the host's input; the adapter may
+            run the host on other features), ``"readout"`` (as ``"output"``, but unseen by what leads to further
+            blocks), and ``"tokens"`` (tokens are put into the host's input and taken out of its output).
         kind: name of the layer kind, a key of ``refold.fold.KINDS``; "" where nothing folds.
         width: channels the adapter sees.
         out_width: channels the layer puts out.

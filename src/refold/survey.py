@@ -364,9 +364,10 @@ def _common(paths: Iterable[str]) -> str:
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of the classifier; () if the model says it has none.
+    """Module paths of the classifier; () if the model says it has none, or that it returns feature maps.
 
-    timm models say so themselves (``get_classifier``); otherwise a child named head, heads, classifier or fc.
+    timm models say so themselves (``get_classifier``; ``feature_info`` of ``features_only=True``), as do transformers'
+    backbones (``out_features``); otherwise a child named head, heads, classifier or fc.
 
     Raises:
         SiteError: neither gives an answer.
@@ -376,6 +377,8 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
         heads = found if isinstance(found, (tuple, list)) else (found,)
         ids = {id(h) for h in heads if isinstance(h, nn.Module) and any(True for _ in h.parameters())}
         return tuple(path for path, module in model.named_modules() if id(module) in ids)
+    if hasattr(model, "feature_info") or getattr(model, "out_features", None):
+        return ()
     names = [n for n, m in model.named_children() if n in _HEAD_NAMES and any(True for _ in m.parameters())]
     if names:
         return tuple(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,14 @@ class Layout:
         prefix: class, register and other tokens before those of the grid, in features of shape (B, N, C).
         grid: rows and columns of the tokens behind the prefix; None where nothing shows it.
         where: module path, for errors.
+        rerun: of the slot "again": the host, on other features in place of those it was given.
     """
 
     channel_dim: int
     prefix: int = 0
     grid: tuple[int, int] | None = None
     where: str = ""
+    rerun: Callable[[Tensor], Tensor] | None = None
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features as maps (B, C, H, W), and the prefix tokens (B, P, C) if there are any.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-__all__ = ["EXTENSIONS", "MODES", "Rendering", "decode", "render"]
+__all__ = ["EXTENSIONS", "MODES", "Rendering", "decode", "read_size", "render"]
 
 MODES = {1: "L", 3: "RGB"}
 """Pillow mode by number of channels."""
@@ -85,6 +85,23 @@ def decode(path: str, channels: int) -> Image.Image:
         raise DataError(f"the image is too large to be decoded safely ({error})", where=path, remedy=remedy) from error
     except Exception as error:  # Pillow's parsers let through whatever they trip over
         raise DataError(f"the image cannot be decoded ({_first_line(error)})", where=path, remedy=_REMEDY) from error
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """(height, width) of the image that :func:`decode` would return, from the file's header alone.
+
+    Raises:
+        DataError: the file is missing or no image that can be read; the message names it.
+    """
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            width, height = image.size
+    except Exception as error:
+        raise DataError(f"the image cannot be read ({_first_line(error)})", where=path, remedy=_REMEDY) from error
+    return (width, height) if turned else (height, width)
 
 
 def render(image: Image.Image, rendering: Rendering) -> np.ndarray:

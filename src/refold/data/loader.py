@@ -18,7 +18,7 @@ from refold.data.randomness import generator
 from refold.errors import DataError
 from refold.preprocessing import Preprocessing
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "Plan", "Plans"]
 
 Plan = tuple[Tensor, Tensor]  # (B,) indices into the image set, and (B, columns) random numbers
 
@@ -87,7 +87,7 @@ class Loader:
         std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
         mean = torch.tensor(preprocessing.mean, dtype=torch.float64)[:, None, None]
         self._scale, self._shift = (1 / (255 * std)).float(), (-mean / std).float()
-        self._plans = _Plans(
+        self._plans = Plans(
             count=len(image_set),
             columns=self._augmentation.columns,
             batch_size=batch_size,
@@ -144,7 +144,7 @@ class Loader:
 
 
 @dataclass(eq=False, kw_only=True)
-class _Plans(Sampler[Plan]):
+class Plans(Sampler[Plan]):
     """What each batch of this process consists of."""
 
     count: int

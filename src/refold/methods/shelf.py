@@ -22,6 +22,7 @@ from refold.methods.mona import Mona as Mona
 from refold.methods.convpass import Convpass as Convpass
 from refold.methods.dtl import DTL as DTL
 from refold.methods.lst import LST as LST
+from refold.methods.e3va import E3VA as E3VA
 from refold.methods.st_adapter import STAdapter as STAdapter
 from refold.methods.vpt import VPT as VPT
 from refold.methods.conv_adapter import ConvAdapter as ConvAdapter

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "accuracy_against",
+    "blank_figure",
     "confusion_matrix",
+    "drawing_style",
     "learning_curves",
     "ratio_bars",
     "regression_scatter",
@@ -42,7 +44,8 @@ MAX_POINTS = 5000  # dots of a scatter beyond which the page only grows
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def drawing_style() -> Iterator[None]:
+    """What every figure is made and written in: one look, whatever the caller's matplotlib is set to."""
     import matplotlib
 
     settings: Any = {
@@ -78,7 +81,8 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that pyplot does not know of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -97,7 +101,7 @@ def to_svg(figure: Figure, *, label: str) -> str:
     from html import escape
 
     buffer = io.StringIO()
-    with _style():
+    with drawing_style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     body = buffer.getvalue()
     body = body[body.index("<svg") :]
@@ -111,7 +115,7 @@ def to_svg(figure: Figure, *, label: str) -> str:
 def save(figure: Figure, path: str | Path, *, dpi: int = 160) -> Path:
     """Write the figure on white to ``path``; the suffix chooses the format (.png, .svg, .pdf)."""
     path = Path(path)
-    with _style():
+    with drawing_style():
         figure.savefig(path, dpi=dpi, facecolor="white")
     return path
 
@@ -129,12 +133,12 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], *, best_epoch: int | None
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figures = {}
-    with _style():
+    with drawing_style():
         for quantity in ("loss", *metric_names(rows), "lr"):
             series = {split: _series(rows, split, quantity) for split in SPLIT_STYLE}
             if not any(series.values()):
                 continue
-            figure = _figure(3.6, 2.5)
+            figure = blank_figure(3.6, 2.5)
             axes = figure.add_subplot()
             for split, points in series.items():
                 if points:
@@ -182,9 +186,9 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     n = len(classes)
     names = [name if len(name) <= 22 else f"{name[:21]}…" for name in classes]
-    with _style():
+    with drawing_style():
         side = 2.6 + min(5.0, 0.42 * n)
-        figure = _figure(side + 0.9, side)
+        figure = blank_figure(side + 0.9, side)
         axes = figure.add_subplot()
         axes.grid(visible=False)
         clear_to_blue = LinearSegmentedColormap.from_list("refold", [f"{BLUE}00", f"{BLUE}ff"])
@@ -228,8 +232,8 @@ def regression_scatter(targets: Sequence[float], predictions: Sequence[float]) -
     if len(true) > MAX_POINTS:
         keep = np.random.default_rng(0).choice(len(true), MAX_POINTS, replace=False)
         true, predicted = true[keep], predicted[keep]
-    with _style():
-        figure = _figure(4.6, 4.4)
+    with drawing_style():
+        figure = blank_figure(4.6, 4.4)
         axes = figure.add_subplot()
         ends = (min(true.min(), predicted.min()), max(true.max(), predicted.max()))
         axes.plot(ends, ends, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
@@ -259,8 +263,8 @@ def accuracy_against(
     from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
     groups = list(dict.fromkeys(point.get("group") for point in points))
-    with _style():
-        figure = _figure(7.6, 5.2)
+    with drawing_style():
+        figure = blank_figure(7.6, 5.2)
         axes = figure.add_subplot()
         for index, group in enumerate(groups):
             members = [point for point in points if point.get("group") == group]
@@ -299,8 +303,8 @@ def ratio_bars(rows: Sequence[Mapping[str, Any]], *, label: str, reference: str)
         label: what the ratio compares, for the axis.
         reference: name of what the ratios divide by.
     """
-    with _style():
-        figure = _figure(6.4, 0.9 + 0.38 * len(rows))
+    with drawing_style():
+        figure = blank_figure(6.4, 0.9 + 0.38 * len(rows))
         axes: Axes = figure.add_subplot()
         axes.grid(visible=False, axis="y")
         widest = max([1.0, *(row.get("ratio_high") or row["ratio"] for row in rows)])

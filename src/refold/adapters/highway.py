@@ -1,0 +1,137 @@
+"""A state that runs beside the backbone: adapters fill it from branch to branch, and stages are read out of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from refold.adapters.ladder import Carrier
+from refold.adapters.side import Layout
+
+__all__ = ["Highway", "Joint", "Junction", "Ramp", "ReadOut"]
+
+
+class Highway(Carrier):
+    """One step of the highway. Its state h is (B, N, C), whatever layout features have; None before the first step.
+
+    Nothing of it is remembered for a gradient checkpoint's second run, which is refused: in a backbone without a graph
+    it would save nothing, and what is remembered would cost what a highway is there to save.
+    """
+
+    def _take(self, given: Tensor) -> Any:
+        assert self.before is not None
+        state, self.before._state = self.before._state, None
+        return state
+
+
+def _rows(x: Tensor, layout: Layout) -> Tensor:
+    """Features in any layout as (B, N, C)."""
+    return layout.last(x).flatten(1, -2)
+
+
+def _like(rows: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """(B, N, C) in the layout of the features ``x``."""
+    return layout.unlast(rows.reshape(layout.last(x).shape))
+
+
+class Ramp(Highway):
+    """``h = x``: the state begins as the features that enter the first block."""
+
+    def forward(self, x: Tensor, layout: Layout) -> None:
+        self.keep((_rows(x.detach(), layout),))
+
+
+class Junction(Highway):
+    """``h <- h + U1 U2 GELU(D1 D2 z + p) + q``; adds nothing to the backbone.
+
+    D2 (rank, width), D1 (hidden, rank), U2 (rank, hidden), U1 (width, rank), as torch starts linear layers. With
+    ``recompute`` the backward pass computes what lies behind D2 z, of ``rank`` channels, again: beside the features z
+    that D2's gradient needs, nothing wide is kept.
+
+    Args:
+        width: channels of z and h.
+        hidden: channels of the bottleneck.
+        rank: of its two projections.
+        empty: start with U1 and q zero, which adds nothing.
+        recompute: see above.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        rank: int,
+        *,
+        empty: bool,
+        recompute: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.down = nn.Sequential(
+            nn.Linear(width, rank, bias=False, device=device, dtype=dtype),
+            nn.Linear(rank, hidden, device=device, dtype=dtype),
+        )
+        self.up = nn.Sequential(
+            nn.Linear(hidden, rank, bias=False, device=device, dtype=dtype),
+            nn.Linear(rank, width, device=device, dtype=dtype),
+        )
+        if empty:
+            for parameter in self.up[1].parameters():
+                nn.init.zeros_(parameter)
+
+    def _widen(self, codes: Tensor) -> Tensor:
+        return self.up(F.gelu(self.down[1](codes)))
+
+    def forward(self, x: Tensor, layout: Layout) -> None:
+        codes = self.down[0](_rows(x.detach(), layout))
+        if self.recompute and codes.requires_grad:
+            added = checkpoint(self._widen, codes, use_reentrant=False, preserve_rng_state=False)
+        else:
+            added = self._widen(codes)
+        # The sum of all that the adapters add, 48 terms on Swin-B, is not for bfloat16.
+        added = added.to(next(self.parameters()).dtype)
+        left = self.taken()
+        self.keep((added if left is None else left[0] + added,))
+
+
+class Joint(Highway):
+    """``h <- D(h)`` with a module D of the backbone that the features pass between two stages."""
+
+    def forward(self, x: Tensor, layout: Layout) -> None:
+        left = self.taken()
+        assert layout.rerun is not None
+        if left is not None:
+            state = layout.rerun(_like(left[0], x, layout).to(x.dtype))
+            left = (_rows(state, layout).to(left[0].dtype),)
+        self.keep(left)
+
+
+class ReadOut(Highway):
+    """``LN(h + y)`` in place of a block's output y where the model reads it out, or ``LN(h)``.
+
+    Args:
+        width: channels.
+        skip: whether y is added.
+    """
+
+    def __init__(
+        self, width: int, *, skip: bool, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.skip = skip
+        self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        (state,) = left = self.taken()
+        self.keep(left)
+        features = state + _rows(x.detach(), layout) if self.skip else state
+        return _like(self.norm(features), x, layout)
+
+    def compose(self, output: Tensor, added: Tensor) -> Tensor:
+        return added.to(output.dtype)
