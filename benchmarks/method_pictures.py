@@ -30,6 +30,8 @@ SLOTS = {
     "parallel": ("#cc79a7", "beside a module: reads what it reads"),
     "stream": ("#882255", "beside a branch: reads the stream"),
     "normed": ("#aa4499", "beside a branch: reads the stream behind the norm"),
+    "readout": ("#117733", "in place of what is read out of the backbone"),
+    "again": ("#88ccee", "runs a module of the backbone once more"),
 }
 #: Those that are read and added at the ends of a residual branch.
 BRANCHES = ("before", "sum", "stream", "normed")

@@ -15,12 +15,13 @@ from refold.freezing import freeze_statistics, unfreeze_statistics
 from refold.junctions import require_unseen
 from refold.methods import Method
 from refold.preparation import Prepared, build_adapters, parameters_under, prepare
-from refold.probe import forward, preserved
+from refold.probe import forward, preserved, tensor_name
 from refold.state import (
     Record,
     State,
     drop_compiled,
     get_tensor,
+    is_compiled_wrapper,
     require_state,
     set_tensor,
     state_of,
@@ -31,6 +32,7 @@ from refold.survey import head_paths
 __all__ = [
     "activate",
     "attach",
+    "attached_part",
     "detach",
     "disabled",
     "head_paths",
@@ -93,12 +95,12 @@ def install(model: nn.Module, prepared: Prepared) -> nn.Module:
     if state is None:
         state = State(prepared.example, {n: p.requires_grad for n, p in model.named_parameters()})
         store_state(model, state)
-    for tensor_name in prepared.owned:
-        if tensor_name not in state.base:
+    for key in prepared.owned:
+        if key not in state.base:
             # No attached adapter owns this tensor, so it has its original value whichever of them is active.
-            value = get_tensor(model, tensor_name)
+            value = get_tensor(model, key)
             assert value is not None
-            state.base[tensor_name] = value.detach().cpu().clone()
+            state.base[key] = value.detach().cpu().clone()
     plan = prepared.plan
     state.records[prepared.name] = Record(
         prepared.method,
@@ -184,17 +186,17 @@ def exchange_owned(model: nn.Module, state: State, name: str | None) -> None:
     if outgoing is not None:
         old = state.records[outgoing]
         old.values = {}
-        for tensor_name in old.owned:
-            tensor = get_tensor(model, tensor_name)
+        for key in old.owned:
+            tensor = get_tensor(model, key)
             if tensor is not None:
                 # A head of another size cannot share the backbone's parameter: it is kept as the object it is.
-                same = tensor.shape == state.base[tensor_name].shape
-                old.values[tensor_name] = tensor.detach().clone() if same else tensor
-            set_tensor(model, tensor_name, state.base[tensor_name])
+                same = tensor.shape == state.base[key].shape
+                old.values[key] = tensor.detach().clone() if same else tensor
+            set_tensor(model, key, state.base[key])
     if name is not None:
         new = state.records[name]
-        for tensor_name, value in new.values.items():
-            set_tensor(model, tensor_name, value)
+        for key, value in new.values.items():
+            set_tensor(model, key, value)
         new.values = {}
 
 
@@ -260,21 +262,40 @@ def param_groups(
     """Parameter groups for a torch optimizer: adapter and head apart, no weight decay on biases and norms.
 
     Args:
+        model: adapters are attached to it, or to one part of it: of a dense model, to its backbone. What trains
+            outside that part belongs to the head.
         lr: learning rate of the adapter and of what trains in place.
         head_lr: learning rate of the head; None means ``lr``.
         weight_decay: for parameters of two or more dimensions.
 
     Raises:
-        SiteError: nothing is attached.
+        SiteError: nothing is attached, or adapters are on several parts.
     """
-    state = require_state(model, "make parameter groups", sharded=True)
-    record = state.record()
-    head_names = set(parameters_under(model, record.head)) if record.head else set()
+    part = attached_part(model)
+    backbone = model.get_submodule(part)
+    record = require_state(backbone, "make parameter groups", sharded=True).record()
+    inside = [tensor_name(part, name) for name, _ in backbone.named_parameters()]
+    in_head = {tensor_name(part, name) for name in (parameters_under(backbone, record.head) if record.head else ())}
+    body = set(inside) - in_head
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for key, parameter in trainable_parameters(model).items():
-        groups.setdefault((key in head_names, parameter.dim() > 1), []).append(parameter)
+        groups.setdefault((key not in body, parameter.dim() > 1), []).append(parameter)
     rate = {True: lr if head_lr is None else head_lr, False: lr}
     return [
         {"params": parameters, "lr": rate[is_head], "weight_decay": weight_decay if decays else 0.0}
         for (is_head, decays), parameters in groups.items()
     ]
+
+
+def attached_part(model: nn.Module) -> str:
+    """Path of the module that adapters are attached to; "" for the model itself, also where there are none.
+
+    Raises:
+        SiteError: there are several.
+    """
+    if is_compiled_wrapper(model):
+        return ""
+    found = [path for path, module in model.named_modules() if state_of(module) is not None]
+    if len(found) > 1:
+        raise SiteError(f"adapters are attached to {found[0]!r} as well", where=found[1], remedy="Name one of them")
+    return found[0] if found else ""

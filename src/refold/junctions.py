@@ -35,7 +35,8 @@ def read_out(survey: Survey, blocks: list[str]) -> list[str]:
 def continuing(survey: Survey, path: str, following: str) -> tuple[str, ...]:
     """The outermost modules that are given the result of ``path`` and lead to the block ``following``."""
     flow = survey.trace.flow
-    found = [reader for reader in flow.readers(path) if flow.leads(reader, following)]
+    around = [reader for reader in flow.readers(path) if following.startswith(f"{reader}.")]  # a stage of one block
+    found = [reader for reader in flow.readers(path) if flow.leads(reader, following) and reader not in around]
     return tuple(r for r in found if not any(r.startswith(f"{other}.") for other in found))
 
 
@@ -56,8 +57,9 @@ def between_stages(survey: Survey, pairs: Iterable[tuple[str, str]]) -> dict[str
             for path in found[at]:
                 args, kwargs, _ = calls[path]
                 features = next(tensors_of(survey.modules[path](features, *args[1:], **kwargs)))
-            args, kwargs, _ = calls[following]
-            if not torch.equal(features, next(tensors_of((args, kwargs)))):
+            args, kwargs, result = calls[following]
+            exact = torch.equal(features, next(tensors_of((args, kwargs))))
+            if not exact or features.numel() != result.numel():  # it changes the shape itself
                 raise SiteError(
                     f"no module alone turns the features of {at} into what enters here",
                     where=following,

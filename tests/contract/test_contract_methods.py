@@ -44,6 +44,7 @@ METHODS = {
     "ConvAdapter": refold.ConvAdapter(position="residual_parallel"),
     "DTL": refold.DTL(start=1, plus=True),
     "LST": refold.LST(reduction=2),
+    "E3VA": refold.E3VA(rank=4),
     "ProTuning": refold.ProTuning(hidden=4),
     "BitFit": refold.BitFit(),
     "LayerNormTune": refold.LayerNormTune(),
@@ -66,6 +67,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "ConvAdapter": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
     "DTL": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
     "LST": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
+    "E3VA": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
     "ProTuning": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
     "Partial": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
 }
@@ -143,7 +145,7 @@ def test_starts_as_the_backbone(family, method, dtype):
     x = images(model)
     before = model(x)
     refold.attach(model, method)
-    if isinstance(method, refold.VPT):  # whose start is tokens that matter
+    if isinstance(method, (refold.VPT, refold.E3VA)):  # whose start is tokens that matter, or a norm
         assert 0 < relative(model(x), before) < 2
         return
     if type(method).__name__ in NOISY:

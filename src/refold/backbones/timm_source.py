@@ -88,8 +88,9 @@ def finish(model: Any, spec: str, request: Request) -> Loaded:
     return Loaded(model.eval(), spec, from_config(config, channels=channels, size=size))
 
 
-def check_size(size: tuple[int, int], patch: tuple[int, int] | None, spec: str) -> None:
+def check_size(size: tuple[int, int], patch: int | tuple[int, int] | None, spec: str) -> None:
     """Raise :class:`BackboneError` unless whole patches cover the image; names the nearest size that works."""
+    patch = (patch, patch) if isinstance(patch, int) else patch
     if patch is None or not (size[0] % patch[0] or size[1] % patch[1]):
         return
     nearest = [max(1, round(s / p)) * p for s, p in zip(size, patch, strict=True)]

@@ -153,4 +153,7 @@ def new_folder(path: Path) -> Iterator[DenseFolder]:
         folder = Path(holder.name, path.name)
         folder.mkdir()
         yield DenseFolder(folder)
-        folder.replace(path)
+        try:
+            folder.replace(path)
+        except OSError as error:  # another process has put something there meanwhile
+            raise DataError(f"the folder cannot be put in place ({error.strerror})", where=str(path)) from error

@@ -36,7 +36,7 @@ _SHARES = (0.60, 0.15, 0.25)  # of the cut-outs of each class and of the photogr
 _WITH_ALPHA = ("PNG", "WEBP", "GIF", "TIFF")  # Pillow's formats that may have an alpha channel
 _OPAQUE = 128  # alpha from which on a pixel belongs to the object
 _ENLARGED = 2.0  # a cut-out is never shown larger than this: it would be blurred
-_SOFTENED = 0.7  # standard deviation of the edge's blur, in pixels
+_SOFTENED = 0.7  # standard deviation of the edge's blur, in pixels; more would fade thin legs and stalks
 _CROP = (0.4, 1.0)  # side of the crop of a photograph, as a share of the shorter side
 _TRIES = 20  # poses drawn for an object before there is no room for it
 _MOST_CLASSES = 254  # 0 is the background, 255 is left to "ignore"
@@ -200,8 +200,8 @@ def _readme(images: Sequence[int], settings: _Settings, licence: str) -> str:
     counts = ", ".join(f"{count} {split}" for count, split in zip(images, SPLITS, strict=True))
     return f"""# Composites
 
-Made, not photographed: cut-outs pasted on photographs by `refold.data.composite.compose` ({counts}). The splits share
-no cut-out and no photograph; `sources.json` names the files.
+Made, not photographed: cut-outs pasted on photographs by `refold.data.composite.compose`, {counts}.
+The splits share no cut-out and no photograph; `sources.json` names the files.
 
 Licence of the parts, and so of these images: {licence}.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def load_dataset(
         found = dict(zip(found, others, strict=True))
     classes = class_names(pool, found.values())
     targets = encode(pool, classes)
-    sizes = _drawn(fractions, found)
+    sizes = drawn_sizes(fractions, found)
     parts = {
         name: pool.pick(indices.tolist())
         for name, indices in zip(("train", "val", "test"), stratified_split(targets, sizes, seed), strict=True)
@@ -183,8 +183,8 @@ def _read(path: Path, target: str | None) -> dict[str, Listing]:
     raise DataError(f"a {suffix or 'suffixless'} file is no data set", where=str(path), remedy="Use .csv, .tsv or .txt")
 
 
-def _drawn(fractions: Sequence[float | None], found: dict[str, Listing]) -> list[float | None]:
-    """Sizes to draw: nothing for what is given; the share (not the count) of it goes to training."""
+def drawn_sizes(fractions: Sequence[float | None], found: Container[str]) -> list[float | None]:
+    """Sizes of train, val and test to draw: nothing for what is given; its share (not its count) goes to training."""
     sizes = list(fractions)
     given = [k for k, name in enumerate(("train", "val", "test")) if name in found]
     shares = any(isinstance(size, float) for size in sizes)

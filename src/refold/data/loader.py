@@ -66,18 +66,8 @@ class Loader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        if not 0 <= rank < world:
-            raise DataError(f"must be at least 0 and under world ({world}), not {rank}", where="rank")
-        if batch_size < 1 or batch_size % world:
-            raise DataError(f"must be a positive multiple of {world} processes, not {batch_size}", where="batch_size")
         if workers < 0:
             raise DataError(f"must be 0 or more, not {workers}", where="workers")
-        if not len(image_set):
-            raise DataError("the image set is empty", where="image_set")
-        if drop_last and len(image_set) < batch_size:
-            raise DataError(
-                f"{len(image_set)} images are no full batch of {batch_size}", where="batch_size", remedy="Lower it"
-            )
         if preprocessing.channels not in MODES:
             raise DataError(
                 f"the model takes {preprocessing.channels} channels; image files give 1 or 3", where="preprocessing"
@@ -145,7 +135,11 @@ class Loader:
 
 @dataclass(eq=False, kw_only=True)
 class Plans(Sampler[Plan]):
-    """What each batch of this process consists of."""
+    """What each batch of this process consists of.
+
+    Raises:
+        DataError: an argument out of range, or no image.
+    """
 
     count: int
     columns: int
@@ -156,6 +150,20 @@ class Plans(Sampler[Plan]):
     rank: int
     world: int
     epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise DataError(f"must be at least 0 and under world ({self.world}), not {self.rank}", where="rank")
+        if self.batch_size < 1 or self.batch_size % self.world:
+            raise DataError(
+                f"must be a positive multiple of {self.world} processes, not {self.batch_size}", where="batch_size"
+            )
+        if not self.count:
+            raise DataError("the image set is empty", where="image_set")
+        if self.drop_last and self.count < self.batch_size:
+            raise DataError(
+                f"{self.count} images are no full batch of {self.batch_size}", where="batch_size", remedy="Lower it"
+            )
 
     @property
     def total(self) -> int:

@@ -60,7 +60,7 @@ class _Packaged:
 def packaged(name: str, cache: str | Path, *, tile: int | None = None) -> DenseFolder:
     """The data set ``"trees"`` or ``"nuclei"`` in the layout of :mod:`refold.data.coco_files`.
 
-    The first call writes it below ``cache``, a few megabytes; later ones find it there.
+    The first call writes it below ``cache``, 20 MB at most; later ones find it there.
 
     Args:
         name: key of :data:`PACKAGED`; ``packaged/NAME`` will do.
@@ -83,17 +83,23 @@ def packaged(name: str, cache: str | Path, *, tile: int | None = None) -> DenseF
         reason = f"the package {entry.distribution!r} is not installed"
         raise DataError(reason, where=f"packaged/{name}", remedy=remedy) from error
     found = DenseFolder(Path(cache, f"{name}-{distribution.version}-{size}"))
-    if found.root.is_dir():
-        return found
-    with new_folder(found.root) as folder:
+    if not found.root.is_dir():
+        try:
+            _make(found.root, entry, distribution, size)
+        except DataError:
+            if not found.root.is_dir():  # else another process was quicker
+                raise
+    return found
+
+
+def _make(root: Path, entry: _Packaged, distribution: importlib.metadata.Distribution, size: int) -> None:
+    package = f"{entry.distribution} {distribution.version}"
+    with new_folder(root) as folder:
         try:
             _write(folder, entry, list(entry.tiles(Path(str(distribution.locate_file(""))), size)))
         except (OSError, ValueError, ElementTree.ParseError) as error:
-            reason = f"{entry.distribution} {distribution.version} has unexpected content ({error})"
-            raise DataError(reason, where=f"packaged/{name}") from error
-        title = f"# {name.title()}, from {entry.distribution} {distribution.version}"
-        folder.write_notes(entry.classes, f"{title}\n\n{entry.about}\n\nLicence: {entry.licence}.")
-    return found
+            raise DataError(f"{package} has unexpected content ({error})", where=str(root)) from error
+        folder.write_notes(entry.classes, f"# {package}\n\n{entry.about}\n\nLicence: {entry.licence}.")
 
 
 def _write(folder: DenseFolder, entry: _Packaged, tiles: list[_Tile]) -> None:

@@ -157,9 +157,9 @@ def from_transformers(
     if kind is None:
         raise _no_maps("transformers", where)
 
-    def build(chosen: list[str]) -> nn.Module:
+    def build(chosen: list[str], weights: bool) -> nn.Module:
         config.out_features = chosen
-        if not pretrained:
+        if not weights:
             return kind(config).eval()
         with hub_access(where):
             body, loading = kind.from_pretrained(name, config=config, output_loading_info=True)
@@ -171,9 +171,9 @@ def from_transformers(
     side = getattr(config, "image_size", None) or _DEFAULT_SIZE
     size = image_size or ((side, side) if isinstance(side, int) else (side[0], side[1]))
     names = list(config.stage_names)
-    strides, _ = _measure(build(names), size, where)
+    strides, _ = _measure(build(names, weights=False), size, where)
     chosen = choose_stages(strides, stages, where)
-    body = build([names[i] for i in chosen])
+    body = build([names[i] for i in chosen], pretrained)
     strides, channels = _measure(body, size, where)
     mean, std = _normalization(name)
     return Features(body, channels, strides, False, None, Preprocessing(size, mean, std))

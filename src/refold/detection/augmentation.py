@@ -76,7 +76,7 @@ class BoxAugmentation:
         kept = (boxes[:, 2:] - boxes[:, :2] >= _LEAST_SIDE).all(dim=1)
         if "masks" in target:
             masks = sample["masks"].as_subclass(Tensor)
-            kept &= masks.flatten(1).any(dim=1)
+            kept &= masks.flatten(1).any(dim=1).bool()  # any() of uint8 is uint8
             sample["masks"] = masks[kept]
         target = {**target, "boxes": boxes[kept], "labels": target["labels"][kept]}
         if "masks" in target:
@@ -84,6 +84,7 @@ class BoxAugmentation:
         return sample["image"].as_subclass(Tensor), target
 
     def _steps(self, height: int, width: int) -> list[Any]:
+        """The transforms of one image; draws from the global generator."""
         from torchvision import tv_tensors
         from torchvision.transforms import v2
 
@@ -91,16 +92,14 @@ class BoxAugmentation:
         if self.name == "flip":
             steps.append(v2.RandomVerticalFlip())
         if self.name in _JITTER:
+            low, high = _JITTER[self.name]
+            # Not v2.ScaleJitter, which takes the height of an image for its width.
+            scale = low + (high - low) * float(torch.rand(()))
             steps += [
-                v2.ScaleJitter((height, width), _JITTER[self.name]),
+                v2.Resize((max(1, round(height * scale)), max(1, round(width * scale)))),
                 v2.RandomCrop((height, width), pad_if_needed=True, fill={tv_tensors.Image: _GREY, "others": 0}),
                 v2.ClampBoundingBoxes(),
             ]
         if self.name == "light":
             steps.append(v2.RandomPhotometricDistort())
         return steps
-
-
-def to_unit(image: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1], which torchvision's detectors take."""
-    return image.to(torch.float32).div_(255)

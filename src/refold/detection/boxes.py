@@ -17,7 +17,7 @@ from refold.data.parallel import for_each
 from refold.detection.masks import Rle, area_of, decode_masks
 from refold.errors import DataError
 
-__all__ = ["BoxSet", "Object", "Tally", "check_sizes"]
+__all__ = ["BoxSet", "Object", "Tally", "check_sizes", "finite_box"]
 
 _LEAST_SIDE = 1e-2  # pixels; below, float32 at the far end of a large image may see no side at all
 _TOLERANCE = 1.0  # pixels over the edge that are put down to rounding
@@ -118,6 +118,16 @@ class BoxSet:
             raise DataError(f"a label is not between 1 and {len(self.classes)}", where=source or "BoxSet")
         self.has_masks = bool(every) and all(one.rle is not None for one in every)
 
+    @classmethod
+    def unlabelled(cls, paths: Sequence[str], classes: Sequence[str]) -> BoxSet:
+        """Images to find objects of ``classes`` on, with no objects known.
+
+        Raises:
+            DataError: a file is missing or no image.
+        """
+        sizes = check_sizes(paths, [None] * len(paths), list(paths))
+        return cls(paths, sizes, [[] for _ in paths], classes=classes)
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -129,10 +139,10 @@ class BoxSet:
         return sum(not one.ignored for some in self.objects for one in some)
 
     def presence(self) -> Tensor:
-        """(N, K) float32: whether an object of the class is on the image; what splits are stratified by."""
+        """(N, K) float32: whether an object of the class can be learned from the image; splits are stratified by it."""
         result = torch.zeros(len(self), len(self.classes))
         for row, some in enumerate(self.objects):
-            result[row, [one.label - 1 for one in some]] = 1.0
+            result[row, [one.label - 1 for one in some if not one.ignored]] = 1.0
         return result
 
     def subset(self, indices: Iterable[int] | Tensor) -> BoxSet:

@@ -1,8 +1,9 @@
 """COCO's JSON: images, categories and annotations in one file, beside a folder of images.
 
 ``{"images": [{"id", "file_name", "height", "width"}], "categories": [{"id", "name"}], "annotations": [{"image_id",
-"category_id", "bbox": [x, y, width, height], "area", "iscrowd", "segmentation"}]}``. Ids may have gaps. ``area``,
-``iscrowd`` and, for boxes alone, ``segmentation`` may be absent. What is none of this is ignored.
+"category_id", "bbox": [x, y, width, height], "area", "iscrowd", "segmentation"}]}``. Ids may have gaps; labels 1, 2,
+... are the categories in the order of their ids. ``area``, ``iscrowd`` and, for boxes alone, ``segmentation`` may be
+absent. What is none of this is ignored.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def read_coco(path: str | Path, images: str | Path | None = None, *, masks: bool
     content = _load(path)
     listed, categories, annotations = (_entries(content, key, where) for key in ("images", "categories", "annotations"))
     category_ids = _ids(categories, "categories", where)
+    categories = sorted(categories, key=lambda one: one["id"])  # the same labels whatever the file's order
+    category_ids.sort()
     names = [str(_value(one, "name", f"{where}, category {one['id']}")) for one in categories]
     _no_double(names, "the category name", where)
     image_ids = _ids(listed, "images", where)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refold.errors import MissingExtraError
 
-__all__ = ["Rle", "area_of", "box_of", "decode_masks", "encode_mask", "mask_api", "parse_segmentation"]
+__all__ = ["Rle", "area_of", "decode_masks", "encode_mask", "mask_api", "parse_segmentation"]
 
 Rle = dict[str, Any]
 
@@ -85,8 +85,3 @@ def encode_mask(mask: Tensor) -> Rle:
 def area_of(rle: Rle) -> int:
     """Its number of pixels."""
     return int(mask_api().area(rle))
-
-
-def box_of(rle: Rle) -> list[float]:
-    """Its bounding box, [x, y, width, height]."""
-    return [float(v) for v in mask_api().toBbox(rle)]

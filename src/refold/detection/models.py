@@ -6,7 +6,7 @@ kind                paper                                                       
 faster_rcnn         Faster R-CNN (1506.01497) with FPN (1612.03144)               P2 to P6, 8 strides, 3 ratios
 mask_rcnn           Mask R-CNN (1703.06870)                                       the same
 cascade_rcnn        Cascade R-CNN (1712.00726)                                    the same
-cascade_mask_rcnn   Cascade Mask R-CNN (1906.09756),                                 the same
+cascade_mask_rcnn   Cascade Mask R-CNN (1906.09756)                               the same
 retinanet           RetinaNet (1708.02002)                                        P3 to P7, 4 strides, 9 anchors
 fcos                FCOS (1904.01355)                                             P3 to P7, points
 ==================  ============================================================  ==================================
@@ -15,6 +15,7 @@ All follow torchvision's interface. In training, ``model(images, targets)`` retu
 evaluation ``model(images)`` returns ``boxes`` (n, 4), x1 y1 x2 y2 in pixels of the image given, ``labels`` (n,) from 1,
 ``scores`` (n,) and, of the mask kinds, ``masks`` (n, 1, H, W), probabilities. Images are a list of (3, H, W) in [0, 1],
 *not* normalised: the model resizes and normalises. Labels count from 1; 0 is the background, in every kind.
+:mod:`refold.detection.cascade` says what the cascade is, and where it chooses.
 """
 
 from __future__ import annotations
@@ -150,6 +151,8 @@ def build_detector(
         raise DataError(f"of FCOS must be a multiple of 32 from 64 on, not {channels}", where="channels")
     if kind == "fcos" and anchor_scale is not None:
         raise DataError("FCOS has no anchors", where="anchor_scale")
+    if anchor_scale is not None and anchor_scale <= 0:
+        raise DataError(f"must be positive, not {anchor_scale}", where="anchor_scale")
     one_stage = kind in ("retinanet", "fcos")
     pyramid = Pyramid(
         encoder,

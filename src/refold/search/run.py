@@ -34,6 +34,7 @@ from refold.training.build import build_attached
 from refold.training.checkpoint import check_same
 from refold.training.config import TrainConfig
 from refold.training.evaluation import load_splits, score
+from refold.training.images import chosen_metric
 from refold.training.inference import start_accelerator
 from refold.training.job import TrainResult, train
 from refold.training.loop import Fit, fit
@@ -41,7 +42,6 @@ from refold.training.metrics import lower_is_better
 from refold.training.progress import show_count
 from refold.training.run import RunFolder
 from refold.training.tasks import plain_task
-from refold.training.trainer import chosen_metric
 
 if TYPE_CHECKING:
     from refold.data import ImageSet, Splits

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from refold.dense import Encoder, SimplePyramid
+from refold.dense.stages import PYRAMID
 from refold.errors import BackboneError, DataError, MissingExtraError
 from refold.segmentation.setr import Mla, Naive, Pup
 
@@ -27,11 +28,15 @@ _SETR: dict[str, Callable[[Sequence[int], int, int], nn.Module]] = {
 _PYRAMIDS = ("upernet", "fpn", "segformer")
 #: Names that :class:`refold.segmentation.Segmenter` takes.
 DECODERS = (*_PYRAMIDS, "dpt", "linear", *_SETR)
+_FOUR_STRIDES = f"maps of strides {', '.join(map(str, PYRAMID))}"
 _GROUPS = 32  # of the group norms in smp's FPN, half as wide as the pyramid
 
 
 class Decoder(nn.Module):
     """Images and their maps -> logits at some stride, followed in training by those of auxiliary heads.
+
+    Args:
+        layers: maps -> logits, or a list of them.
 
     Attributes:
         multiple: what the images' height and width must be multiples of, a multiple of the encoder's.
@@ -50,40 +55,47 @@ class Decoder(nn.Module):
                 where="batch_size",
                 remedy="Enlarge the batch, or use fpn, segformer or linear",
             )
-        return self._decode(images, maps)
-
-    def _decode(self, images: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        return self.layers(maps)
+        logits = self.layers(maps)
+        return logits if isinstance(logits, list) else [logits]
 
 
-class _OnPyramid(Decoder):
-    """One of smp's pyramid decoders, behind a simple pyramid where the encoder has none.
+class _Linear(nn.Module):
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.head = nn.Conv2d(channels, classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.head(self.norm(maps[-1]))
+
+
+class _Pyramid(nn.Module):
+    """One of smp's pyramid decoders and a 1x1 head, behind a simple pyramid where the encoder has none.
 
     Args:
-        layers: smp's decoder, which takes the image and the maps of stride 2 as well, and its 1x1 head.
-        unused: how many entries it skips before the map of stride 4.
+        unused: how many entries, of the image and of stride 2, the decoder expects before the map of stride 4. It asks
+            no more of them than the image's size.
     """
 
-    def __init__(self, encoder: Encoder, layers: nn.Module, neck: nn.Module, unused: int, smallest_batch: int) -> None:
-        super().__init__(layers, encoder.multiple, smallest_batch)
-        self.neck = neck
+    def __init__(self, neck: nn.Module, decoder: nn.Module, head: nn.Module, unused: int) -> None:
+        super().__init__()
+        self.neck, self.decoder, self.head = neck, decoder, head
         self._unused = unused
 
-    def _decode(self, images: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        decoder, head = self.layers.children()
-        # The skipped entries are only asked for the image's size.
-        return [head(decoder([images] * self._unused + self.neck(list(maps))))]
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        levels = self.neck(maps)
+        finest = levels[0]
+        image = finest.new_empty((len(finest), 0, *(PYRAMID[0] * side for side in finest.shape[-2:])))
+        return self.head(self.decoder([image] * self._unused + list(levels)))
 
 
-class _Dpt(Decoder):
-    def _decode(self, images: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        decoder, head = self.layers.children()
-        return [head(decoder(list(maps), [None] * len(maps)))]
+class _Dpt(nn.Module):
+    def __init__(self, decoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.head = decoder, head
 
-
-class _Linear(Decoder):
-    def _decode(self, images: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        return [self.layers(maps[-1])]
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.head(self.decoder(list(maps), [None] * len(maps)))
 
 
 def make_decoder(name: str, encoder: Encoder, classes: int, width: int) -> Decoder:
@@ -97,8 +109,7 @@ def make_decoder(name: str, encoder: Encoder, classes: int, width: int) -> Decod
         raise BackboneError(f"unknown decoder {name!r}", where="decoder", remedy=f"Known: {', '.join(DECODERS)}")
     if name == "linear":
         channels = encoder.channels[-1]
-        head = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, classes, 1))
-        return _Linear(head, encoder.multiple, smallest_batch=1)
+        return Decoder(_Linear(channels, classes), encoder.multiple)
     if name in _SETR:
         if encoder.is_pyramid:
             raise _mismatch(name, encoder, "maps of one stride", "Use a plain ViT, or upernet, fpn, dpt or segformer")
@@ -117,8 +128,8 @@ def _make_pyramid(name: str, encoder: Encoder, classes: int, width: int) -> Deco
     if not encoder.is_pyramid:
         neck = SimplePyramid(encoder.channels, encoder.strides, width)
         channels = neck.channels
-    elif encoder.strides != (4, 8, 16, 32):
-        raise _mismatch(name, encoder, "maps of strides 4, 8, 16 and 32", "Load the encoder without stages")
+    elif encoder.strides != PYRAMID:
+        raise _mismatch(name, encoder, _FOUR_STRIDES, "Load the encoder without stages")
     if name == "upernet":
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 
@@ -138,8 +149,8 @@ def _make_pyramid(name: str, encoder: Encoder, classes: int, width: int) -> Deco
 
         decoder = SegformerDecoder([3, *channels], encoder_depth=4, segmentation_channels=width)
         out, unused, batch = width, 1, 1
-    layers = nn.Sequential(decoder, nn.Conv2d(out, classes, 1))
-    return _OnPyramid(encoder, layers, neck, unused, batch)
+    layers = _Pyramid(neck, decoder, nn.Conv2d(out, classes, 1), unused)
+    return Decoder(layers, encoder.multiple, batch)
 
 
 def _make_dpt(encoder: Encoder, classes: int, width: int) -> Decoder:
@@ -153,8 +164,8 @@ def _make_dpt(encoder: Encoder, classes: int, width: int) -> Decoder:
     multiple = encoder.multiple
     if encoder.is_pyramid:
         strides, widths = encoder.strides, encoder.channels
-        if strides != (4, 8, 16, 32):
-            raise _mismatch("dpt", encoder, "maps of strides 4, 8, 16 and 32", "Load the encoder without stages")
+        if strides != PYRAMID:
+            raise _mismatch("dpt", encoder, _FOUR_STRIDES, "Load the encoder without stages")
     else:
         strides, multiple = (16,) * 4, 2 * multiple  # one of the maps is halved
         widths = tuple(max(c // share, 1) for c, share in zip(encoder.channels, (8, 4, 2, 1), strict=True))
@@ -168,7 +179,7 @@ def _make_dpt(encoder: Encoder, classes: int, width: int) -> Decoder:
         intermediate_channels=widths,
         fusion_channels=width,
     )
-    return _Dpt(nn.Sequential(decoder, DPTSegmentationHead(width, classes, upsampling=1.0)), multiple)
+    return Decoder(_Dpt(decoder, DPTSegmentationHead(width, classes, upsampling=1.0)), multiple)
 
 
 def _mismatch(name: str, encoder: Encoder, needed: str, remedy: str) -> BackboneError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
-__all__ = ["autocast", "compute_logits", "evaluation_loader", "start_accelerator"]
+__all__ = ["autocast", "compute_logits", "evaluation_loader", "in_evaluation", "start_accelerator"]
 
 
 def start_accelerator() -> Accelerator:
@@ -50,6 +50,18 @@ def start_accelerator() -> Accelerator:
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
     """Autocast to bfloat16 for ``"bf16"``, nothing for ``"fp32"``."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside; every module's own mode outside, also on errors."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def evaluation_loader(
@@ -86,14 +98,8 @@ def compute_logits(
         precision: ``"fp32"`` or ``"bf16"``.
     """
     device, world = accelerator.device, accelerator.num_processes
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with autocast(device, precision):
-            outputs = [model(images.to(device, non_blocking=True)).float() for images, _ in loader]
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_evaluation(model), autocast(device, precision):
+        outputs = [model(images.to(device, non_blocking=True)).float() for images, _ in loader]
     if world == 1:
         return torch.cat(outputs).cpu()
     # Image i is row i // world of process i % world. Processes with fewer images pad one row, or, of sets

@@ -13,22 +13,26 @@ from torch import nn
 from refold.preprocessing import Preprocessing
 from refold.state import require_state
 from refold.training.config import Recipe
+from refold.training.images import ImageProblem
 from refold.training.inference import start_accelerator
 from refold.training.memory import keep_freed_memory
 from refold.training.precision import flush_denormals, reduced_precision, resolve_precision
+from refold.training.problem import Problem
 from refold.training.run import RunFolder
 from refold.training.tasks import Task, make_task, plain_task
 from refold.training.trainer import Trainer
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from refold.data import ImageSet
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "Solved", "fit", "solve"]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What :func:`fit` returns; the model itself is left at its best epoch.
+class Solved:
+    """What :func:`solve` returns; the model itself is left at its best epoch.
 
     Attributes:
         best_epoch: the chosen epoch, from 1; the last one without a validation set.
@@ -38,7 +42,6 @@ class Fit:
         seconds: wall time of all epochs, validation included.
         precision: ``"fp32"`` or ``"bf16"``.
         attention: the attention kernel of training steps, see :mod:`refold.training.attention`.
-        task: what the model's outputs mean now.
     """
 
     best_epoch: int
@@ -47,6 +50,16 @@ class Fit:
     seconds: float
     precision: str
     attention: str
+
+
+@dataclass(frozen=True)
+class Fit(Solved):
+    """What :func:`fit` returns.
+
+    Attributes:
+        task: what the model's outputs mean now.
+    """
+
     task: Task
 
 
@@ -67,11 +80,7 @@ def fit(
 ) -> Fit:
     """Train what :func:`refold.attach` left trainable, and leave the model at its best epoch, in eval mode.
 
-    The best epoch is the one that the validation set prefers (never the test set; without a validation set
-    it is the last); equal values are decided by the validation loss. During training the model runs in the
-    recipe's precision, validation included; afterwards every frozen weight is the float32 original, bit for
-    bit. Runs on the processes and the device of ``accelerate launch``; a batch is split over the processes.
-    The global random state and the denormal mode are left as they were.
+    See :func:`solve`, which does it.
 
     Args:
         model: attached; moved to the training device.
@@ -80,6 +89,49 @@ def fit(
         recipe: how to optimise.
         task: ``"classify"``, ``"multilabel"`` or ``"regress"``.
         classes: names in the order of the head's outputs; None for a regression.
+        folder, resume, on_epoch, before_step, progress: as for :func:`solve`.
+
+    Raises:
+        DataError: a setting that does not suit the data, or a resumed run with other settings.
+        RefoldError: the loss became infinite or not a number; the last checkpoint stays.
+        KeyboardInterrupt: with a note that says how to resume.
+    """
+    built = make_task(task, classes, train_set.targets, recipe)
+
+    def problem(accelerator: Accelerator, precision: str) -> ImageProblem:
+        return ImageProblem(model, train_set, val_set, preprocessing, recipe, built, accelerator, precision)
+
+    solved = solve(
+        model, problem, recipe, folder=folder, resume=resume, on_epoch=on_epoch, before_step=before_step,
+        progress=progress,
+    )  # fmt: skip
+    built.finish(model, require_state(model, "fit").record().head)
+    return Fit(**vars(solved), task=plain_task(task, classes))
+
+
+def solve(
+    model: nn.Module,
+    build: Callable[[Accelerator, str], Problem],
+    recipe: Recipe,
+    *,
+    folder: RunFolder | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    before_step: Callable[[int], None] | None = None,
+    progress: bool | None = False,
+) -> Solved:
+    """Train what is left trainable on a problem, and leave the model at its best epoch, in eval mode.
+
+    The best epoch is the one that the validation set prefers (never the test set; without a validation set
+    it is the last); equal values are decided by the validation loss. During training the model runs in the
+    recipe's precision, validation included; afterwards every frozen weight is the float32 original, bit for
+    bit. Runs on the processes and the device of ``accelerate launch``; a batch is split over the processes.
+    The global random state and the denormal mode are left as they were.
+
+    Args:
+        model: attached, or a part of it is; moved to the training device.
+        build: makes the problem, given the accelerator and the precision, when the model is where it trains.
+        recipe: how to optimise.
         folder: where checkpoints and metrics go; None keeps nothing on disk.
         resume: go on from the checkpoint in ``folder`` if there is one.
         on_epoch: called on the main process with every record of ``history`` as it appears.
@@ -94,7 +146,6 @@ def fit(
     """
     accelerator = start_accelerator()
     device = accelerator.device
-    built = make_task(task, classes, train_set.targets, recipe)
     precision = resolve_precision(recipe.precision, device)
     model.to(device)
     with ExitStack() as stack:
@@ -104,10 +155,7 @@ def fit(
             stack.enter_context(keep_freed_memory())
         if precision == "bf16":
             stack.enter_context(reduced_precision(model))
-        trainer = Trainer(
-            model, train_set, val_set, preprocessing, recipe, built, accelerator, precision, folder, on_epoch,
-            before_step,
-        )  # fmt: skip
+        trainer = Trainer(model, build(accelerator, precision), recipe, accelerator, folder, on_epoch, before_step)
         if resume and folder is not None:
             trainer.resume(folder)
         try:
@@ -121,17 +169,15 @@ def fit(
                 folder.close()
         trainer.restore_best()
     model.eval()
-    built.finish(model, require_state(model, "fit").record().head)
     epoch = trainer.epoch if trainer.best is None else trainer.best.epoch
     chosen = (row for row in trainer.history if row["split"] == "val" and row["epoch"] == epoch)
-    return Fit(
+    return Solved(
         best_epoch=epoch,
         metrics={k: v for k, v in next(chosen, {}).items() if k not in ("epoch", "step", "split", "seconds")},
         history=trainer.history,
         seconds=trainer.seconds,
         precision=precision,
         attention=trainer.attention,
-        task=plain_task(task, classes),
     )
 
 

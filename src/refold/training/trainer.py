@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,46 +17,36 @@ import torch
 from torch import Tensor, nn
 
 from refold.attachment import param_groups
-from refold.errors import DataError, RefoldError
-from refold.preprocessing import Preprocessing
+from refold.errors import RefoldError
 from refold.training.attention import attention_kernel, choose_attention
 from refold.training.checkpoint import Best, Checkpoint, check_same
 from refold.training.config import FREE_SETTINGS, Recipe
-from refold.training.consistency import make_consistency
-from refold.training.inference import autocast, compute_logits, evaluation_loader
 from refold.training.metrics import lower_is_better
-from refold.training.mixing import make_mixer
+from refold.training.problem import Problem
 from refold.training.progress import Bars, show_progress
 from refold.training.run import RunFolder
 from refold.training.schedule import build_optimizer, build_schedule
-from refold.training.tasks import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from refold.data import ImageSet
-
-__all__ = ["Trainer", "chosen_metric", "trained_tensors"]
+__all__ = ["Trainer", "trained_tensors"]
 
 _LOOK_EVERY = 20  # steps between two looks at the losses
 
 
 @dataclass
 class Trainer:
-    """One run of :func:`refold.training.fit`, whose arguments these are.
+    """One run: ``model`` learns ``problem``; the rest are arguments of :func:`refold.training.fit`.
 
     What a checkpoint holds are the fields from ``epoch`` to ``seconds``, the trained tensors and the optimizer;
     ``saved`` counts the epochs in the last one.
     """
 
     model: nn.Module
-    train_set: ImageSet
-    val_set: ImageSet | None
-    preprocessing: Preprocessing
+    problem: Problem
     recipe: Recipe
-    task: Task
     accelerator: Accelerator
-    precision: str
     folder: RunFolder | None
     on_epoch: Callable[[dict[str, Any]], None] | None
     before_step: Callable[[int], None] | None = None
@@ -70,42 +59,13 @@ class Trainer:
     saved: int = 0
 
     def __post_init__(self) -> None:
-        from refold.data import Loader
-
-        recipe, here = self.recipe, self.accelerator
-        self.device: torch.device = here.device
-        self.task = self.task.to(self.device)
-        self.mixer = make_mixer(recipe, self.task.outputs)
-        self.consistency = make_consistency(recipe, self.model, self.device)
-        self.loader = Loader(
-            self.train_set,
-            self.preprocessing,
-            batch_size=recipe.batch_size,
-            augment=recipe.augment,
-            shuffle=True,
-            drop_last=len(self.train_set) >= recipe.batch_size,
-            seed=recipe.seed,
-            rank=here.process_index,
-            world=here.num_processes,
-            workers=recipe.workers,
-        )
-        self.steps = len(self.loader)
-        self.val_loader = None
-        if self.val_set is not None:
-            self.val_loader = evaluation_loader(
-                self.val_set, self.preprocessing, here, batch_size=recipe.batch_size, workers=recipe.workers
-            )
+        recipe = self.recipe
+        self.steps = self.problem.steps
         groups = param_groups(self.model, recipe.lr, recipe.head_lr, recipe.weight_decay)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = build_optimizer(groups)
         self.schedule = build_schedule(self.optimizer, recipe, self.steps)
-        self.metric = chosen_metric(recipe, self.task, self.val_set)
         self.settings = recipe.to_json()
-        self.data = {
-            "training images": len(self.train_set),
-            "validation images": 0 if self.val_set is None else len(self.val_set),
-            "classes": self.task.classes,
-        }
 
     # -- stopping and going on ------------------------------------------------------------------------------
 
@@ -115,7 +75,7 @@ class Trainer:
         if saved is None:
             return
         check_same(saved.settings, self.settings, ignore=FREE_SETTINGS)
-        check_same(saved.data, self.data)
+        check_same(saved.data, self.problem.facts)
         _load_tensors(self.model, saved.tensors)
         self.optimizer.load_state_dict(saved.optimizer)
         self.epoch, self.attention, self.best = saved.epoch, saved.attention, saved.best
@@ -126,7 +86,7 @@ class Trainer:
             Checkpoint(
                 epoch=self.epoch,
                 settings=self.settings,
-                data=self.data,
+                data=self.problem.facts,
                 attention=self.attention,
                 tensors=trained_tensors(self.model),
                 optimizer=self.optimizer.state_dict(),
@@ -173,18 +133,16 @@ class Trainer:
     def _train_epoch(self, model: nn.Module, bars: Bars) -> None:
         start, first = time.perf_counter(), self.epoch * self.steps
         losses: list[Tensor] = []
-        self.loader.set_epoch(self.epoch)
         seed = _mix(self.recipe.seed, self.epoch, self.accelerator.process_index)
         torch.manual_seed(seed)
-        if self.consistency is not None:
-            self.consistency.start(seed)
+        batches = self.problem.batches(self.epoch, seed)
         bars.start_epoch(self.epoch + 1, self.steps)
         with attention_kernel(self.attention):
-            for step, (images, targets) in enumerate(self.loader, start=first):
+            for step, batch in enumerate(batches, start=first):
                 self.schedule.step_update(step)
                 if self.before_step is not None:
                     self.before_step(step)
-                losses.append(self._step(model, images, targets))
+                losses.append(self._step(model, batch))
                 bars.step()
                 if len(losses) % _LOOK_EVERY == 0:
                     self._require_finite(losses[-_LOOK_EVERY:], step + 1 - _LOOK_EVERY)
@@ -193,13 +151,9 @@ class Trainer:
         rate = self.optimizer.param_groups[0]["lr"]
         self._log("train", {"loss": float(mean), "lr": rate}, first + self.steps, start)  # type: ignore[arg-type]
 
-    def _step(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True)
-        targets = targets.to(self.device, non_blocking=True)
-        if self.mixer is not None:
-            images, targets = self.mixer(images, targets)
-        with nullcontext() if self.consistency is None else self.consistency.step():
-            loss = self._loss(model, images, targets)
+    def _step(self, model: nn.Module, batch: Any) -> Tensor:
+        with self.problem.step():
+            loss = self.problem.loss(model, batch)
             self.accelerator.backward(loss)
         if self.recipe.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad)
@@ -207,56 +161,26 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        def forward() -> Tensor:
-            with autocast(self.device, self.precision):
-                return model(images)
-
-        if self.consistency is None:
-            logits, again = forward(), None
-        else:
-            logits, again = self.consistency.passes(forward, self.accelerator.no_sync(model))
-        if logits.shape[1:] != (self.task.outputs,):
-            raise DataError(
-                f"the model gives {list(logits.shape[1:])} outputs an image and the task needs {self.task.outputs}",
-                where="classes",
-                remedy=f"Build the model with num_classes={self.task.outputs}",
-            )
-        loss = self.task.training_loss(logits.float(), targets)
-        if self.consistency is None or again is None:
-            return loss
-        return loss + self.consistency.penalty(logits, again)
-
     def _validate(self) -> None:
-        val_set, loader = self.val_set, self.val_loader
-        if val_set is None or loader is None:
-            return
         start = time.perf_counter()
-        logits = compute_logits(self.model, loader, len(val_set), self.accelerator, precision=self.precision)
-        loss = float(self.task.loss(logits, val_set.targets))
+        row = self.problem.validate()
+        if row is None:
+            return
+        loss = row.get("loss", 0.0)
         if not math.isfinite(loss):
             raise RefoldError(f"the validation loss of epoch {self.epoch} is {loss}", remedy=_CURE)
-        row = {"loss": loss, **self.task.metrics(self.task.scores(logits), val_set.targets)}
         self._log("val", row, self.epoch * self.steps, start)
-        value = row[self.metric]
-        worth = -value if lower_is_better(self.metric) else value
+        value = row[self.problem.select]
+        worth = -value if lower_is_better(self.problem.select) else value
         if self.best is None or (worth, -loss) > (self.best.worth, -self.best.loss):
             self.best = Best(self.epoch, worth, loss, trained_tensors(self.model))
 
     def _choose_attention(self) -> str:
         if self.recipe.attention != "auto":
             return self.recipe.attention
-        size = -(-min(self.recipe.batch_size, len(self.train_set)) // self.accelerator.num_processes)
-        images = torch.randn(
-            size, self.preprocessing.channels, *self.preprocessing.size, generator=torch.Generator().manual_seed(0)
-        ).to(self.device)
-
-        def forward() -> None:
-            with autocast(self.device, self.precision):
-                self.model(images)
-
+        size = -(-min(self.recipe.batch_size, self.problem.images) // self.accelerator.num_processes)
         statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        chosen = [choose_attention(forward, self.device)]
+        chosen = [choose_attention(lambda: self.problem.try_step(size), self.accelerator.device)]
         for buffer, before in statistics:  # those that train have seen noise
             buffer.copy_(before)
         if self.accelerator.num_processes > 1:
@@ -290,25 +214,6 @@ class Trainer:
 
 
 _CURE = "Lower lr, or set clip_grad=1.0 or precision='fp32'; the last checkpoint is kept"
-
-
-def chosen_metric(recipe: Recipe, task: Task, val_set: ImageSet | None) -> str:
-    """The metric that chooses the best epoch, known to be defined on the validation set.
-
-    Raises:
-        DataError: it is not.
-    """
-    name = recipe.select or task.select
-    if val_set is not None:
-        scores = task.scores(torch.zeros(len(val_set), task.outputs))
-        known = ["loss", *task.metrics(scores, val_set.targets)]
-        if name not in known:
-            raise DataError(
-                f"{name!r} is not defined on this validation set",
-                where="select",
-                remedy=f"Defined: {', '.join(known)}",
-            )
-    return name
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

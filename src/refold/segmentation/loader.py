@@ -1,0 +1,251 @@
+"""Batches of images and masks, changed together; the same for the same seed and epoch, whatever the machine does.
+
+================  ====================================================================================================
+name              what it does
+================  ====================================================================================================
+none              the image squashed to the crop's size
+flip              the same, and horizontal flips of half of the images
+standard          the shorter side resized to 0.5 to 2 times the crop's, a random crop (padded with the mean colour and
+                  unlabelled pixels where the image is smaller), horizontal flips and photometric distortion
+================  ====================================================================================================
+
+Images are resized as the model's preprocessing says; a pixel of a mask takes the label at its centre.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from refold.data.loader import Plan, Plans
+from refold.data.parallel import available_cpus, one_torch_thread
+from refold.data.randomness import generator, preserved, reseed
+from refold.errors import DataError
+from refold.preprocessing import Preprocessing
+from refold.segmentation.data import MaskSet
+from refold.segmentation.labels import IGNORE
+
+__all__ = ["AUGMENTATIONS", "MaskLoader", "evaluation_pairs"]
+
+#: Names that :class:`MaskLoader` takes.
+AUGMENTATIONS = ("none", "flip", "standard")
+_SCALES = (0.5, 2.0)
+
+
+class MaskLoader:
+    """Iterate over ``(images, masks)``: (B, C, H, W) float32 normalised, (B, H, W) int64, 255 where unlabelled.
+
+    H and W are those of the preprocessing: the crop. As with :class:`refold.data.loader.Loader`, order and augmentation
+    are a function of (seed, epoch, image) alone, and the global random state is left as it was.
+
+    Args:
+        mask_set: what to read.
+        preprocessing: of the encoder; 1 or 3 channels.
+        batch_size: images of a step, over all processes together; a multiple of ``world``.
+        augment: one of :data:`AUGMENTATIONS`.
+        shuffle, drop_last, seed, rank, world: as for :class:`refold.data.loader.Loader`.
+        workers: processes that read ahead; at most the CPUs there are. 0 does it in this process.
+
+    Raises:
+        DataError: an argument out of range, fewer images than a full batch with ``drop_last``; while iterating, what
+            :meth:`MaskSet.read` raises.
+    """
+
+    def __init__(
+        self,
+        mask_set: MaskSet,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        augment: str = "none",
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise DataError(f"must be at least 0 and under world ({world}), not {rank}", where="rank")
+        if batch_size < 1 or batch_size % world:
+            raise DataError(f"must be a positive multiple of {world} processes, not {batch_size}", where="batch_size")
+        if workers < 0:
+            raise DataError(f"must be 0 or more, not {workers}", where="workers")
+        if drop_last and len(mask_set) < batch_size:
+            raise DataError(
+                f"{len(mask_set)} images are no full batch of {batch_size}", where="batch_size", remedy="Lower it"
+            )
+        self._normalise = _Normalise(preprocessing)
+        self._plans = Plans(
+            count=len(mask_set),
+            columns=1,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=seed,
+            rank=rank,
+            world=world,
+        )
+        self.set_epoch(0)
+        processes = min(workers, available_cpus())
+        self._loader = DataLoader(
+            _Crops(mask_set, preprocessing, augment),
+            sampler=self._plans,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=processes,
+            persistent_workers=processes > 0,
+            generator=torch.Generator(),  # the default would draw from the global one
+        )
+
+    def __len__(self) -> int:
+        """Batches of this process in one epoch."""
+        return len(self._plans)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, of the next iteration.
+
+        Raises:
+            DataError: a negative one.
+        """
+        generator(self._plans.seed, epoch, "order")  # complains about bad numbers now
+        self._plans.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = iter(self._loader)
+        while True:
+            with one_torch_thread():
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                if isinstance(batch, DataError):
+                    raise batch
+                images, masks = batch
+                images = self._normalise(images)
+            yield images, masks.long()
+
+
+def evaluation_pairs(
+    mask_set: MaskSet,
+    preprocessing: Preprocessing,
+    *,
+    short_side: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once, alone: (1, C, h, w) float32 normalised, and its mask (1, H, W) int64 at full size.
+
+    Args:
+        mask_set, preprocessing: as for :class:`MaskLoader`.
+        short_side: pixels that the image's shorter side is resized to, keeping its shape; None is the shorter side of
+            the crop, the middle of the scales that ``standard`` trains on. 0 leaves the image's own size.
+        rank, world: this process and how many there are; each takes its share.
+
+    Raises:
+        DataError: a negative side, or what :meth:`MaskSet.read` raises.
+    """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
+    side = min(preprocessing.size) if short_side is None else short_side
+    if side < 0:
+        raise DataError(f"must be 0 or more, not {side}", where="short_side")
+    normalise = _Normalise(preprocessing)
+    mode = InterpolationMode(preprocessing.interpolation)
+    for k in range(rank, len(mask_set), world):
+        with one_torch_thread():
+            image, mask = mask_set.read(k, preprocessing.channels)
+            if side:
+                image = functional.resize(image, [side], mode, antialias=True)
+            batch = normalise(image[None])
+        yield batch, mask[None].long()
+
+
+class _Normalise:
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        if preprocessing.channels not in (1, 3):
+            raise DataError(
+                f"the model takes {preprocessing.channels} channels; image files give 1 or 3", where="preprocessing"
+            )
+        std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
+        mean = torch.tensor(preprocessing.mean, dtype=torch.float64)[:, None, None]
+        self._scale, self._shift = (1 / (255 * std)).float(), (-mean / std).float()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self._shift, images.float(), self._scale)
+
+
+class _Crops(Dataset[Any]):
+    """Reads and changes one batch; in a worker process, or in this one."""
+
+    def __init__(self, mask_set: MaskSet, preprocessing: Preprocessing, augment: str) -> None:
+        self._mask_set = mask_set
+        self._channels = preprocessing.channels
+        self._change = _Change(augment, preprocessing)
+
+    def __getitem__(self, plan: Plan) -> tuple[Tensor, Tensor] | DataError:
+        images, masks = [], []
+        with preserved():
+            for index, draw in zip(*(part.tolist() for part in plan), strict=True):
+                try:
+                    image, mask = self._mask_set.read(index, self._channels)
+                except DataError as error:  # raised by a worker, it would arrive wrapped in a traceback
+                    return error
+                reseed(int(draw[0] * 2**32))
+                image, mask = self._change(image, mask)
+                images.append(image)
+                masks.append(mask)
+        return torch.stack(images), torch.stack(masks)
+
+
+class _Change:
+    """Image (C, h, w) and mask (h, w), uint8 -> the same at the crop's size; draws from the global generator."""
+
+    def __init__(self, name: str, preprocessing: Preprocessing) -> None:
+        from torchvision.transforms import InterpolationMode, v2
+
+        if name not in AUGMENTATIONS:
+            known = ", ".join(AUGMENTATIONS)
+            raise DataError(f"unknown augmentation {name!r}", where="augment", remedy=f"Known: {known}")
+        self._mode = InterpolationMode(preprocessing.interpolation)
+        self._size = preprocessing.size
+        self._scaled = name == "standard"
+        steps: list[Any] = []
+        if self._scaled:
+            colour = [round(255 * value) for value in preprocessing.mean]
+            steps.append(v2.RandomCrop(list(self._size), pad_if_needed=True, fill=_fill(colour)))
+        if name != "none":
+            steps.append(v2.RandomHorizontalFlip())
+        if self._scaled:
+            steps.append(v2.RandomPhotometricDistort())
+        self._steps = v2.Compose(steps) if steps else v2.Identity()
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        from torchvision import tv_tensors
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
+        height, width = self._size
+        if self._scaled:
+            shorter = torch.empty(()).uniform_(*_SCALES).item() * min(self._size)
+            factor = shorter / min(mask.shape)
+            height, width = (max(round(side * factor), 1) for side in mask.shape)
+        image = functional.resize(image, [height, width], self._mode, antialias=True)
+        # torchvision's own rule for masks takes the pixel at the corner: up to half a pixel beside the image.
+        mask = functional.resize(mask[None], [height, width], InterpolationMode.NEAREST_EXACT)[0]
+        image, mask = self._steps(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+def _fill(colour: list[int]) -> Any:
+    from torchvision import tv_tensors
+
+    return {tv_tensors.Image: colour, tv_tensors.Mask: IGNORE}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,140 @@
+"""Whole images with a class, labels or a number each: the problem that :func:`refold.training.fit` solves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from refold.errors import DataError
+from refold.preprocessing import Preprocessing
+from refold.training.config import Recipe
+from refold.training.consistency import make_consistency
+from refold.training.inference import autocast, compute_logits, evaluation_loader
+from refold.training.mixing import make_mixer
+from refold.training.tasks import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from refold.data import ImageSet
+
+__all__ = ["ImageProblem", "chosen_metric"]
+
+
+class ImageProblem:
+    """See :class:`refold.training.problem.Problem`; the arguments are those of :func:`refold.training.fit`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_set: ImageSet,
+        val_set: ImageSet | None,
+        preprocessing: Preprocessing,
+        recipe: Recipe,
+        task: Task,
+        accelerator: Accelerator,
+        precision: str,
+    ) -> None:
+        from refold.data import Loader
+
+        self.model, self.val_set, self.preprocessing = model, val_set, preprocessing
+        self.accelerator, self.precision = accelerator, precision
+        self.task = task.to(accelerator.device)
+        self.mixer = make_mixer(recipe, task.outputs)
+        self.consistency = make_consistency(recipe, model, accelerator.device)
+        self.loader = Loader(
+            train_set,
+            preprocessing,
+            batch_size=recipe.batch_size,
+            augment=recipe.augment,
+            shuffle=True,
+            drop_last=len(train_set) >= recipe.batch_size,
+            seed=recipe.seed,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=recipe.workers,
+        )
+        self.val_loader = None
+        if val_set is not None:
+            self.val_loader = evaluation_loader(
+                val_set, preprocessing, accelerator, batch_size=recipe.batch_size, workers=recipe.workers
+            )
+        self.images, self.steps = len(train_set), len(self.loader)
+        self.select = chosen_metric(recipe, task, val_set)
+        self.facts = {
+            "training images": len(train_set),
+            "validation images": 0 if val_set is None else len(val_set),
+            "classes": task.classes,
+        }
+
+    def batches(self, epoch: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        self.loader.set_epoch(epoch)
+        if self.consistency is not None:
+            self.consistency.start(seed)
+        return self.loader
+
+    def step(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.consistency is None else self.consistency.step()
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = (part.to(self.accelerator.device, non_blocking=True) for part in batch)
+        if self.mixer is not None:
+            images, targets = self.mixer(images, targets)
+
+        def forward() -> Tensor:
+            return self._forward(model, images)
+
+        if self.consistency is None:
+            logits, again = forward(), None
+        else:
+            logits, again = self.consistency.passes(forward, self.accelerator.no_sync(model))
+        if logits.shape[1:] != (self.task.outputs,):
+            raise DataError(
+                f"the model gives {list(logits.shape[1:])} outputs an image and the task needs {self.task.outputs}",
+                where="classes",
+                remedy=f"Build the model with num_classes={self.task.outputs}",
+            )
+        loss = self.task.training_loss(logits.float(), targets)
+        if self.consistency is None or again is None:
+            return loss
+        return loss + self.consistency.penalty(logits, again)
+
+    def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        with autocast(self.accelerator.device, self.precision):
+            return model(images)
+
+    def validate(self) -> dict[str, float] | None:
+        val_set, loader = self.val_set, self.val_loader
+        if val_set is None or loader is None:
+            return None
+        logits = compute_logits(self.model, loader, len(val_set), self.accelerator, precision=self.precision)
+        loss = float(self.task.loss(logits, val_set.targets))
+        return {"loss": loss, **self.task.metrics(self.task.scores(logits), val_set.targets)}
+
+    def try_step(self, size: int) -> Tensor:
+        shape = (size, self.preprocessing.channels, *self.preprocessing.size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return self._forward(self.model, images.to(self.accelerator.device))
+
+
+def chosen_metric(recipe: Recipe, task: Task, val_set: ImageSet | None) -> str:
+    """The metric that chooses the best epoch, known to be defined on the validation set.
+
+    Raises:
+        DataError: it is not.
+    """
+    name = recipe.select or task.select
+    if val_set is not None:
+        scores = task.scores(torch.zeros(len(val_set), task.outputs))
+        known = ["loss", *task.metrics(scores, val_set.targets)]
+        if name not in known:
+            raise DataError(
+                f"{name!r} is not defined on this validation set",
+                where="select",
+                remedy=f"Defined: {', '.join(known)}",
+            )
+    return name
