@@ -44,6 +44,7 @@ class Header:
         head: module paths of the head.
         classes, preprocessing, task, extra: what ``refold.describe`` was told.
         refold: version that wrote the file.
+        part: path of the backbone in the dense model that the file holds the rest of; "" for a backbone alone.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Header:
     allow_new_bias: bool = False
     refold: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    part: str = ""
 
 
 def fetch(source: str | Path) -> Path:
@@ -128,6 +130,7 @@ def read_header(source: str | Path) -> Header:
             allow_new_bias=bool(data["allow_new_bias"]),
             refold=str(data["refold"]),
             extra=dict(data["extra"]),
+            part=str(data.get("part", "")),
         )
     except StoreError:
         raise

@@ -15,6 +15,7 @@ from refold.adapters import Adapter
 from refold.errors import SiteError
 from refold.fold import BatchNorm
 from refold.methods import Method, Plan
+from refold.methods.inplace import LinearProbe
 from refold.probe import Example
 from refold.state import is_compiled_wrapper, require_whole, state_of
 from refold.survey import Survey, head_paths
@@ -56,7 +57,8 @@ def prepare(
     with hosting.silenced(model):
         survey = Survey(model, example, head=head, allow_new_bias=allow_new_bias)
         plan = method.plan(survey)
-    _check(model, method, plan, head_parameters, strict)
+    elsewhere = trainable is not None and not head  # what trains is around this backbone
+    _check(model, method, plan, head_parameters, strict, elsewhere)
     names = tuple(dict.fromkeys((*plan.trained, *head_parameters)))
     owned = names + _moving_statistics(model, plan, head)
     return Prepared(name, method, plan, head, owned, names, survey.example.map(lambda t: t.detach().cpu()))
@@ -138,8 +140,10 @@ def parameters_under(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _check(model: nn.Module, method: Method, plan: Plan, trained: tuple[str, ...], strict: bool) -> None:
-    if not (plan.sites or plan.trained or trained):
+def _check(
+    model: nn.Module, method: Method, plan: Plan, trained: tuple[str, ...], strict: bool, elsewhere: bool
+) -> None:
+    if not (plan.sites or plan.trained or trained or (elsewhere and isinstance(method, LinearProbe))):
         reasons = "; ".join(f"{s.path}: {s.reason}" for s in plan.skipped[:3])
         raise SiteError(
             f"{type(method).__name__} finds nothing to train" + (f" ({reasons})" if reasons else ""),

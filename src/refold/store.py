@@ -1,8 +1,9 @@
 """save and load: one safetensors file an adapter, with a versioned header, safe to open from strangers.
 
 Layout: tensors ``adapter/<layer path>/<parameter>`` and ``model/<state-dict name>`` (head, parameters trained in
-place, moved statistics); metadata key ``refold`` holds the JSON :class:`Header`. Nothing is unpickled; header
-size, shapes and hyper-parameters are checked before anything of their size is allocated.
+place, moved statistics), and ``task/<state-dict name>`` for what is around the backbone of a dense model; metadata key
+``refold`` holds the JSON :class:`Header`. Nothing is unpickled; header size, shapes and hyper-parameters are checked
+before anything of their size is allocated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from refold import hosting
-from refold.attachment import head_paths, install
+from refold.attachment import attached_part, head_paths, install
 from refold.errors import SiteError, StoreError
 from refold.fingerprint import body_tensors, compare, fingerprint
 from refold.header import FORMAT, Header, fetch, read_header
@@ -35,6 +36,8 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path
     """Write one adapter and its head to ``path`` (atomically), the backbone's weights left out.
 
     Args:
+        model: adapters are attached to it, or to one part of it, its backbone: all that is around that part, the
+            decoder and heads of a dense model, is written as well.
         path: ends in ``.safetensors``; the folder must exist.
         name: which adapter; None is the one in use or folded in.
 
@@ -46,7 +49,9 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path
         StoreError: the path is unsuitable or cannot be written, ``describe`` was given what JSON cannot hold, or
             the model was merged with ``keep_base=False``.
     """
-    state = require_state(model, "save")
+    part = attached_part(model)
+    backbone = model.get_submodule(part)
+    state = require_state(backbone, "save")
     if not state.kept_base:
         raise StoreError(
             "cannot be saved: merged without its base weights, the model cannot say which backbone it fits",
@@ -60,9 +65,10 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path
         raise StoreError("the folder does not exist", where=str(target.parent), remedy="Create it first")
     record = state.record(name)
     chosen = next(key for key, value in state.records.items() if value is record)
-    tensors = adapter_tensors(model, state, record, chosen)
+    around = {f"task/{key}": t.detach().cpu().contiguous().clone() for key, t in _around(model, part).items()}
+    tensors = adapter_tensors(backbone, state, record, chosen) | around
     try:
-        header = json.dumps(_header_json(model, state, record, chosen), allow_nan=False)
+        header = json.dumps({**_header_json(backbone, state, record, chosen), "part": part}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise StoreError(f"what describe() was told does not fit in JSON: {error}", where=str(target)) from error
     try:
@@ -79,6 +85,8 @@ def load(
     """Attach what an adapter file describes and load its weights, in place; the model is untouched on any error.
 
     Args:
+        model: the backbone; or, of a file that holds a dense model, all of that, its backbone where the file says. A
+            backbone alone takes the adapter of such a file and nothing else.
         source: a file, or ``"hf-hub:user/repo"`` whose ``adapter.safetensors`` is downloaded.
         name: name for the adapter here; None keeps the file's.
         example: an input for the probing forward, as for :func:`refold.attach`.
@@ -93,6 +101,9 @@ def load(
     """
     path, where = fetch(source), str(source)
     header = read_header(path)
+    whole = model
+    inside = bool(header.part) and any(path == header.part for path, _ in model.named_modules())
+    model = whole.get_submodule(header.part) if inside else whole
     require_room(model, name or header.name)
     _require_backbone(model, header, where, force)
     try:
@@ -109,6 +120,9 @@ def load(
         raise StoreError(f"does not fit this model: {error}", where=where) from error
     with safe_open(path, framework="pt") as file:
         _require_shapes(model, prepared, header, file, where)
+        around = _around(whole, header.part) if inside else {}
+        if inside:
+            _require_same({k.removeprefix("task/"): v for k, v in _stored(file, "task/").items()}, around, where)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     install(model, prepared)
     record = require_state(model, "load").record(prepared.name)
@@ -119,11 +133,14 @@ def load(
     for key in record.owned:
         set_tensor(model, key, tensors[f"model/{key}"])
     record.info = _info(header)
-    return model
+    for key, tensor in around.items():
+        tensor.data.copy_(tensors[f"task/{key}"])
+    return whole
 
 
 def from_pretrained(source: str | Path, *, weights: str | Path | None = None, force: bool = False) -> nn.Module:
-    """The backbone an adapter file names, with the adapter attached, in evaluation mode.
+    """The model an adapter file is for, with the adapter attached, in evaluation mode: the backbone that it names, in
+    the dense model around it where the file holds one.
 
     Args:
         source: as for :func:`load`.
@@ -144,6 +161,10 @@ def from_pretrained(source: str | Path, *, weights: str | Path | None = None, fo
         )
     from refold import backbones
 
+    if header.part:
+        from refold.dense.building import rebuild
+
+        return load(rebuild(header, weights), path, force=force).eval()
     size = header.preprocessing.size if header.preprocessing else None
     channels = header.preprocessing.channels if header.preprocessing else None
     outputs = header.extra.get("outputs", len(header.classes) if header.classes else 1)
@@ -258,10 +279,9 @@ def _require_shapes(model: nn.Module, prepared: Prepared, header: Header, file: 
     for key in prepared.owned:
         tensor = get_tensor(model, key)
         expected[f"model/{key}"] = () if tensor is None else tuple(tensor.shape)
-    stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    missing, extra = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
-    if missing or extra:
-        raise StoreError(f"missing tensors {missing[:3]}, unexpected tensors {extra[:3]}", where=where)
+    around = _stored(file, "task/") if header.part else {}
+    stored = {key: shape for key, shape in _stored(file).items() if key not in around}
+    _require_names(stored, expected, where)
     classifiers = _classifiers(model, header.head)
     outputs: dict[str, int] = {}
     for key, shape in expected.items():
@@ -271,6 +291,33 @@ def _require_shapes(model: nn.Module, prepared: Prepared, header: Header, file: 
             shape = (outputs.setdefault(layer, found_shape[0]), *shape[1:])
         if found_shape != shape:
             raise StoreError(f"{key} has shape {found_shape}, this model needs {shape}", where=where)
+
+
+def _stored(file: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the file's tensors whose names begin so."""
+    names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
+    return {key: tuple(file.get_slice(key).get_shape()) for key in names}
+
+
+def _require_names(stored: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    missing, extra = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+    if missing or extra:
+        raise StoreError(f"missing tensors {missing[:3]}, unexpected tensors {extra[:3]}", where=where)
+
+
+def _require_same(stored: dict[str, tuple[int, ...]], around: dict[str, Tensor], where: str) -> None:
+    """What is around the backbone has these names and shapes."""
+    _require_names(stored, around, where)
+    for key, tensor in around.items():
+        if stored[key] != tuple(tensor.shape):
+            raise StoreError(f"{key} has shape {stored[key]}, this model needs {tuple(tensor.shape)}", where=where)
+
+
+def _around(model: nn.Module, part: str) -> dict[str, Tensor]:
+    """State-dict name -> tensor of all of a dense model but its backbone."""
+    if not part:
+        return {}
+    return {key: t for key, t in model.state_dict(keep_vars=True).items() if not key.startswith(f"{part}.")}
 
 
 def _classifiers(model: nn.Module, head: tuple[str, ...]) -> dict[str, str]:

@@ -98,9 +98,10 @@ class DetectionProblem:
         """The backbone alone: attention is nowhere else, and the heads need targets."""
         height, width = self.train_set.sizes[0]
         images = torch.rand(size, 3, height, width, generator=torch.Generator().manual_seed(0))
-        batch, _ = self.model.transform(list(images.to(self.accelerator.device)), None)
+        transform: Any = self.model.transform
+        batch, _ = transform(list(images.to(self.accelerator.device)), None)
         with autocast(self.accelerator.device, self.precision):
-            return self.model.encoder.forward(batch.tensors)
+            return self.model.encoder(batch.tensors)
 
 
 @torch.no_grad()
