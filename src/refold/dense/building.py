@@ -101,7 +101,8 @@ def rebuild(header: Header, weights: str | PathLike[str] | None = None) -> nn.Mo
         BackboneError, DataError: it cannot be built.
     """
     if header.task not in TASKS or not header.classes or header.preprocessing is None:
-        raise StoreError("does not say how its dense model is made", where=header.name, remedy="Build it and load into it")
+        reason = "does not say how its dense model is made"
+        raise StoreError(reason, where=header.name, remedy="Build the model and load into it")
     decoder = default_decoder(header.task, header.extra.get("decoder"))
     prep, options = header.preprocessing, header.extra.get("options") or {}
     loaded = load_encoder(header.backbone, image_size=prep.size, in_chans=prep.channels, weights=weights)

@@ -20,6 +20,7 @@ ATTENTIONS = ("auto", "default", "math", "math-bf16")
 #: Settings that may differ when a run is resumed: where it lies and how fast images are decoded.
 FREE_SETTINGS = ("output", "workers", "cache")
 RUN_FACTS = ("environment", "command")  # what config.json holds beside the settings
+DENSE_TASKS = ("segment", "detect", "instance")
 NORMALIZATIONS = ("model", "imagenet", "inception", "none")
 
 
@@ -172,7 +173,12 @@ class TrainConfig(Recipe):
     """Settings of :func:`refold.train`: the :class:`Recipe`, the model, the data and the run folder.
 
     Attributes:
-        data: a folder, CSV or list, as :func:`refold.data.load_dataset` understands it.
+        data: a folder, CSV or list, as :func:`refold.data.load_dataset` understands it; of a dense task as
+            :func:`refold.segmentation.load_masks` and :func:`refold.detection.load_boxes` do.
+        task: ``"segment"``, ``"detect"`` or ``"instance"``; None learns whole images, as the data say: classes, labels
+            or numbers.
+        decoder: what is around the backbone in a dense task, see :data:`refold.dense.building.TASKS`; None is UPerNet,
+            Faster R-CNN and Mask R-CNN.
         train, val, test: explicit split lists, relative to ``data``.
         target: target column of a CSV.
         fractions: shares, or counts, of train, validation and test where no explicit split is given; None, once,
@@ -187,7 +193,7 @@ class TrainConfig(Recipe):
         normalize: ``"model"`` (the backbone's own mean and std), ``"imagenet"``, ``"inception"``
             (inputs in [-1, 1]) or ``"none"`` (inputs in [0, 1]).
         crop: ``"squash"`` resizes straight to the input size (the VTAB recipe), ``"center"`` cuts the centre.
-        drop_path: rate of stochastic depth in the backbone.
+        drop_path: rate of stochastic depth in the backbone of whole images; dense tasks have none.
         method: how to adapt: an instance of one of :data:`refold.methods.METHODS`.
         start: adapter file of the same method on the same backbone, whose weights, head included, training starts
             from; None starts as the method does.
@@ -196,6 +202,8 @@ class TrainConfig(Recipe):
     """
 
     data: str
+    task: str | None = None
+    decoder: str | None = None
     train: str | None = None
     val: str | None = None
     test: str | None = None
@@ -223,8 +231,11 @@ class TrainConfig(Recipe):
                 object.__setattr__(self, name, str(getattr(self, name)))
         for name in ("data", "model", "output", "cache"):
             self._text(name)
-        for name in ("train", "val", "test", "target", "weights", "start"):
+        for name in ("decoder", "train", "val", "test", "target", "weights", "start"):
             self._text(name, optional=True)
+        self._choice("task", (None, *DENSE_TASKS))
+        if self.decoder is not None and self.task is None:
+            raise DataError("is for dense tasks", where="decoder", remedy=f"Set task to {', '.join(DENSE_TASKS)}")
         for name in ("skip_bad_images", "pretrained", "evaluate_test"):
             if not isinstance(getattr(self, name), bool):
                 raise DataError(f"must be true or false, not {getattr(self, name)!r}", where=name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,13 @@ from refold.training.build import build_attached
 from refold.training.config import TrainConfig
 from refold.training.evaluation import Evaluation, load_splits, score
 from refold.training.inference import start_accelerator
-from refold.training.loop import Fit, fit
+from refold.training.loop import Fit, Solved, fit
 from refold.training.run import RunFolder
 from refold.training.tasks import make_task
 
 if TYPE_CHECKING:
     from refold.data import Splits
+    from refold.dense.job import Scored
 
 __all__ = ["TrainResult", "train"]
 
@@ -36,7 +37,7 @@ class TrainResult:
         output: the run folder.
         adapter: the adapter file in it.
         fit: history, best epoch, time.
-        evaluations: by split (``"val"``, ``"test"``), in float32.
+        evaluations: by split (``"val"``, ``"test"``), in float32; of a dense task :class:`refold.dense.Scored`.
         preprocessing: how images become the model's input.
         summary: content of ``summary.json``.
         skipped: (path, reason) of the images left out.
@@ -46,8 +47,8 @@ class TrainResult:
     model: nn.Module
     output: Path
     adapter: Path
-    fit: Fit
-    evaluations: dict[str, Evaluation]
+    fit: Solved
+    evaluations: Mapping[str, Evaluation | Scored]
     preprocessing: Preprocessing
     summary: dict[str, Any]
     skipped: list[tuple[str, str]]
@@ -77,7 +78,8 @@ def train(
 
     The folder holds ``config.json``, ``metrics.jsonl``, ``adapter.safetensors`` (best epoch), ``checkpoint.pt``
     (last epoch), ``tensorboard/``, ``predictions.csv`` and ``thumbnails/`` (of the test split, else of the
-    validation split), and ``summary.json``.
+    validation split), and ``summary.json``. In place of ``predictions.csv`` and ``thumbnails/`` a dense task writes
+    ``overlays.png``, and of detection ``predictions.json``, a COCO results file.
 
     Args:
         config: all settings; or give them by keyword.
@@ -99,6 +101,10 @@ def train(
     folder.check(config, resume=resume)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
+    if config.task is not None:
+        from refold.dense.job import train_dense
+
+        return train_dense(config, accelerator, folder, resume=resume, on_epoch=on_epoch, progress=progress)
     splits = load_splits(config)
     model, preprocessing = build_attached(config, splits.task, splits.classes)
     if config.start is not None:
