@@ -17,6 +17,7 @@ from refold.cli.options import (
     Augment,
     BatchSize,
     Data,
+    Decoder,
     Epochs,
     Force,
     HeadRate,
@@ -30,6 +31,7 @@ from refold.cli.options import (
     Select,
     Split,
     Target,
+    Task,
     TestList,
     TrainList,
     ValList,
@@ -46,6 +48,8 @@ def train(
     method: Annotated[
         str, typer.Option(help="Method and hyper-parameters, for example 'RepAdapter(scale=5)'.")
     ] = "RepAdapter",
+    task: Task = None,
+    decoder: Decoder = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.")] = Path("runs/train"),
     weights: Weights = None,
     start: Annotated[
@@ -92,6 +96,9 @@ def train(
     """Train an adapter for your images; the best epoch on validation is kept, test is scored once.
 
     Example: refold train photos/ --model timm/vit_small_patch16_224 --method "RepAdapter(scale=5)" -o runs/a
+
+    Example: refold train streets/ --task segment --decoder upernet --model timm/convnext_tiny --method E3VA
+    --image-size 512 --batch-size 8 --augment standard -o runs/streets
     """
     from accelerate import PartialState
 
@@ -100,6 +107,8 @@ def train(
 
     config = TrainConfig(
         data=data,
+        task=task,
+        decoder=decoder,
         model=model,
         method=parse_method(method),
         output=str(output),

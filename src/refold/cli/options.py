@@ -17,6 +17,7 @@ __all__ = [
     "Augment",
     "BatchSize",
     "Data",
+    "Decoder",
     "Epochs",
     "Force",
     "HeadRate",
@@ -30,6 +31,7 @@ __all__ = [
     "Select",
     "Split",
     "Target",
+    "Task",
     "TestList",
     "TrainList",
     "ValList",
@@ -55,8 +57,25 @@ Force = Annotated[
 Data = Annotated[
     str,
     typer.Argument(
-        help="A folder with a folder per class, a CSV, VTAB-style lists, or packaged/elpv, packaged/textile.",
+        help="A folder with a folder per class, a CSV, VTAB-style lists, or packaged/elpv, packaged/textile. With "
+        "--task segment a folder of images and masks (images/ and masks/, ADE20K, VOC, Cityscapes); with detect and "
+        "instance a COCO file or folder, or VOC XML. To try: packaged/shapes, packaged/nuclei, packaged/trees.",
         metavar="DATA",
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        help="segment (a class for each pixel), detect (boxes) or instance (boxes and masks); whole images if not "
+        "given."
+    ),
+]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        help="What is around the backbone. segment: upernet (default), fpn, dpt, segformer, linear, and for a ViT "
+        "setr_naive, setr_pup, setr_mla; detect: faster_rcnn (default), cascade_rcnn, retinanet, fcos; instance: "
+        "mask_rcnn (default), cascade_mask_rcnn."
     ),
 ]
 Model = Annotated[str, typer.Option("--model", "-m", help="Backbone spec; see `refold models`.")]
@@ -72,7 +91,13 @@ Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
 BatchSize = Annotated[int, typer.Option(help="Images a step, over all processes.")]
 LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate of the adapter.")]
 HeadRate = Annotated[float | None, typer.Option("--head-lr", help="Peak rate of the head; as --lr if not given.")]
-Augment = Annotated[str, typer.Option(help="none, flip, light, randaugment, or a timm preset such as rand-m7-n4.")]
+Augment = Annotated[
+    str,
+    typer.Option(
+        help="Whole images: none, flip, light, randaugment, or a timm preset such as rand-m7-n4. Masks: none, flip, "
+        "standard. Boxes: none, hflip, flip, light, lsj."
+    ),
+]
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
 Pretrained = Annotated[bool, typer.Option("--pretrained/--random-weights", help="Backbone weights.")]
 ImageSize = Annotated[int | None, typer.Option(help="Side of the model's input in pixels.")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 
@@ -35,6 +36,7 @@ class Encoder(nn.Module):
         self.fixed_size = features.fixed_size
         self.multiple = max(features.strides)
         self._channels_last = features.channels_last
+        self._source: Callable[[Tensor], list[Tensor]] | None = None
 
     @property
     def is_pyramid(self) -> bool:
@@ -48,10 +50,21 @@ class Encoder(nn.Module):
             DataError: a height or width that the backbone cannot take.
         """
         self.check_size(images.shape[-2], images.shape[-1])
+        if self._source is not None:
+            return self._source(images)
         out = self.body(images)
         if isinstance(out, dict):  # torchvision's by name; transformers' among other fields
             out = out["feature_maps"] if "feature_maps" in out else out.values()
         return [m.permute(0, 3, 1, 2).contiguous() if self._channels_last else m for m in out]
+
+    @contextmanager
+    def fed(self, source: Callable[[Tensor], list[Tensor]] | None) -> Iterator[None]:
+        """Inside, the maps are ``source(images)``, and the body does not run; None is the body again."""
+        before, self._source = self._source, source
+        try:
+            yield
+        finally:
+            self._source = before
 
     def check_size(self, height: int, width: int) -> None:
         """Raise :class:`DataError` unless the backbone takes images of this size."""

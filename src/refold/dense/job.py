@@ -38,10 +38,11 @@ __all__ = ["Scored", "build_dense", "load_parts", "make_problem", "score", "trai
 #: Images in ``overlays.png``, and the lowest score of a detection shown there.
 _SHOWN, _SURE = 8, 0.5
 
-#: Settings that mean nothing where every pixel has a class, or every object a box: what they must be.
+#: Settings that mean nothing where every pixel has a class, or every object a box: their defaults, which they keep.
 _NOT_HERE = {
     "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None, "consistency": 0.0, "target": None,
-    "train": None, "val": None, "test": None, "start": None, "skip_bad_images": False,
+    "train": None, "val": None, "test": None, "start": None, "skip_bad_images": False, "cache": "auto", "crop": "squash",
+    "drop_path": 0.1,
 }  # fmt: skip
 
 

@@ -1,0 +1,369 @@
+"""What an encoder gives, made of what its frozen backbone computed once.
+
+A highway (:mod:`refold.adapters.highway`) reads the backbone and gives nothing back before a map is read out, so its
+adapters can run on what they read without the backbone around them. Hooks on the adapters note, in one forward, what
+each is given and in which order; a replay calls them in this order with the same. What the body makes of what is read
+out is not run either: it must be the layout alone, or one frozen LayerNorm and the layout. All this is proved for every
+image size, with random adapters, before it is used. Without adapters (a linear probe) what is kept is the maps.
+
+As in evaluation: what draws in a backbone in training mode (DropPath, dropout) is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from refold.adapters import Layout
+from refold.adapters.highway import Highway, Joint, ReadOut
+from refold.dense.encoder import Encoder
+from refold.errors import SiteError
+from refold.hosting import hosted
+from refold.probe import example_input, tensors_of
+from refold.sides import Wire
+from refold.state import state_of
+from refold.training.inference import in_evaluation
+
+__all__ = ["Replay", "Tap", "compute_dtype"]
+
+_NOISE = 0.1  # standard deviation of what proofs add to the adapters, of which some start as nothing
+_ROUNDINGS = 8  # times the machine's precision: a replay does the same operations
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One tensor that the backbone computed.
+
+    Attributes:
+        shape: of one image's.
+        dtype: as computed.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One adapter's call.
+
+    Attributes:
+        wire: the adapter's.
+        tap: what it reads.
+        kept: whether it looks at more than the shape.
+        grid, rerun: of its layout.
+    """
+
+    wire: Wire
+    tap: Tap
+    kept: bool
+    grid: tuple[int, int] | None
+    rerun: Callable[[Tensor], Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """From a result of the highway to a map.
+
+    Attributes:
+        source: which result.
+        channel_dim: of it.
+        norm: a frozen LayerNorm of the body in between.
+        size: rows and columns of the map.
+    """
+
+    source: int
+    channel_dim: int
+    norm: nn.LayerNorm | None
+    size: tuple[int, int]
+
+    def __call__(self, results: Sequence[Tensor]) -> Tensor:
+        x = results[self.source]
+        if self.norm is None and self.channel_dim == -3:
+            return x
+        x = x.movedim(self.channel_dim, -1)
+        if self.norm is not None:
+            x = F.layer_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
+        if x.dim() == 3:  # tokens, the prefix in front
+            x = x[:, x.shape[1] - prod(self.size) :].unflatten(1, self.size)
+        return x.permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class _Program:
+    steps: tuple[_Step, ...]
+    tails: tuple[_Tail, ...]
+    taps: tuple[Tap, ...]
+
+
+class Replay:
+    """An encoder in two halves: what its frozen backbone computes, and what is made of it.
+
+    Args:
+        encoder: its body is frozen, and carries E3VA or nothing.
+
+    Attributes:
+        encoder: as above.
+        reads: what is kept of a forward, as plain data: the same for every rank of E3VA.
+
+    Raises:
+        SiteError: an adapter changes what the backbone computes, or a part of the backbone trains.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._wires = _reading(encoder.body)
+        self._state = state_of(encoder.body)
+        self._active = None if self._state is None else self._state.active
+        self._programs: dict[tuple[tuple[int, int], torch.dtype], _Program] = {}
+        self.reads: list[list[Any]] = [[wire.site.path, wire.site.slot] for wire in self._wires if _looks(wire)]
+        if not self._wires:
+            self.reads = [["maps", *pair] for pair in zip(encoder.channels, encoder.strides, strict=True)]
+
+    def taps(self, size: tuple[int, int]) -> tuple[Tap, ...]:
+        """What is kept of an image of this size (height, width).
+
+        Raises:
+            SiteError: the forward cannot be replayed.
+        """
+        return self._program(size).taps
+
+    def record(self, images: Tensor) -> list[Tensor]:
+        """Run the backbone on images (B, C, H, W), in evaluation mode, and copy its taps, (B, ...) each.
+
+        Raises:
+            SiteError: as :meth:`taps`.
+        """
+        return self._record(self._program((images.shape[-2], images.shape[-1])).steps, images)
+
+    def maps(self, taps: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """The encoder's maps of images of this size from their taps, differentiable by the adapters.
+
+        Args:
+            taps: as :meth:`record` gave them, in their dtypes.
+
+        Raises:
+            SiteError: as :meth:`taps`.
+        """
+        program = self._program(size)
+        if not program.steps:
+            return list(taps)
+        results = self._results(program.steps, taps)
+        return [tail(results) for tail in program.tails]
+
+    # -- forwards -----------------------------------------------------------------------------------------------
+
+    def _watched(self, images: Tensor, note: Callable[[Wire, Tensor, Layout], None]) -> list[Tensor]:
+        """The maps, in evaluation mode; ``note`` is told of every adapter what it was given."""
+        handles = [
+            wire.adapter.register_forward_pre_hook(lambda _, args, wire=wire: note(wire, *args)) for wire in self._wires
+        ]
+        try:
+            with torch.no_grad(), in_evaluation(self.encoder), self.encoder.fed(None):
+                return self.encoder(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, steps: Sequence[_Step], images: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        if not steps:
+            return [one.contiguous() for one in self._watched(images, _nothing)]
+
+        def note(wire: Wire, x: Tensor, layout: Layout) -> None:
+            if _looks(wire):
+                found.append(x.detach().clone())  # the backbone may go on in place
+
+        self._watched(images, note)
+        return found
+
+    def _results(self, steps: Sequence[_Step], taps: Sequence[Tensor]) -> list[Tensor]:
+        """What stands in for the results that are read out."""
+        batch, given, results = len(taps[0]), iter(taps), []
+        adapters: list[Highway] = [step.wire.adapter for step in steps]  # type: ignore[misc]
+        with _hosts_in_evaluation(self.encoder.body, steps):
+            for adapter in adapters:
+                adapter.begin()
+            try:
+                for step, adapter in zip(steps, adapters, strict=True):
+                    if step.kept:
+                        x = next(given)
+                    else:
+                        x = taps[0].new_empty((), dtype=step.tap.dtype).expand(batch, *step.tap.shape)
+                    adapter.arrive(x, step.wire.site.path)
+                    step.wire.grid = step.grid
+                    added = step.wire.run(x, step.rerun)
+                    if isinstance(adapter, ReadOut):
+                        results.append(step.wire.join(x, added))
+            finally:
+                for adapter in adapters:
+                    adapter.release()
+        return results
+
+    # -- proofs -------------------------------------------------------------------------------------------------
+
+    def _program(self, size: tuple[int, int]) -> _Program:
+        if state_of(self.encoder.body) is not self._state or (self._state and self._state.active != self._active):
+            raise SiteError(
+                "other adapters are on it than when its features were cached",
+                where=type(self.encoder.body).__name__,
+                remedy="Make the cache anew, once the adapter that trains is attached and active",
+            )
+        key = size, compute_dtype(self.encoder.body)
+        if key not in self._programs:
+            try:
+                self._programs[key] = self._prove(size)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise SiteError(
+                    f"its features of {size[0]}x{size[1]} images cannot be replayed: {type(error).__name__}: {error}",
+                    where=type(self.encoder.body).__name__,
+                    remedy="Train without cached features",
+                ) from error
+        return self._programs[key]
+
+    @torch.no_grad()
+    def _prove(self, size: tuple[int, int]) -> _Program:
+        """Find the program with one image, and prove it with two others and random adapters."""
+        one, two = (_noise((count, *_channels(self.encoder.body), *size), self.encoder.body) for count in (1, 2))
+        steps: list[_Step] = []
+
+        def note(wire: Wire, x: Tensor, layout: Layout) -> None:
+            if x.shape[0] != 1 or any(wire is step.wire for step in steps):
+                raise SiteError("its adapter does not read whole images, once each", where=wire.site.path)
+            tap = Tap(tuple(x.shape[1:]), x.dtype)
+            steps.append(_Step(wire, tap, _looks(wire), layout.grid, layout.rerun))
+
+        maps = self._watched(one, note)
+        if not self._wires:
+            return _Program((), (), tuple(Tap(tuple(m.shape[1:]), m.dtype) for m in maps))
+        taps = self._record(steps, two)
+        adapters = {id(p) for wire in self._wires for p in wire.adapter.parameters()}
+        noisy = {
+            f"encoder.{name}": p + _NOISE * _noise(p.shape, self.encoder.body).to(p)
+            for name, p in self.encoder.named_parameters()
+            if id(p) in adapters
+        }
+        both = _Both(self.encoder, lambda: (self._watched(two, _nothing), self._results(steps, taps)))
+        maps, results = functional_call(both, noisy, ())
+        ends = [step.wire for step in steps if isinstance(step.wire.adapter, ReadOut)]
+        norms = _norms(self.encoder.body, self._wires)
+        tails = tuple(_tail(k, one, results, ends, norms) for k, one in enumerate(maps))
+        return _Program(tuple(steps), tails, tuple(step.tap for step in steps if step.kept))
+
+
+class _Both(nn.Module):
+    """Calls a function where torch can put other parameters into the encoder."""
+
+    def __init__(self, encoder: Encoder, run: Callable[[], Any]) -> None:
+        super().__init__()
+        self.encoder, self._run = encoder, run
+
+    def forward(self) -> Any:
+        return self._run()
+
+
+def compute_dtype(body: nn.Module) -> torch.dtype:
+    """What the backbone computes in: autocast's dtype, or that of its parameters."""
+    parameter = next(p for p in body.parameters() if p.is_floating_point())
+    kind = parameter.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+
+
+def _reading(body: nn.Module) -> list[Wire]:
+    """The wires of the adapters in use, of which each only reads the backbone."""
+    state, wires = state_of(body), []
+    for path, slot in hosted(body).items():
+        for adapter, site in slot.current():
+            wire = slot.wire(site)
+            if wire is None or not isinstance(adapter, Highway):
+                assert state is not None
+                raise SiteError(
+                    f"{type(state.record().method).__name__} changes what the backbone computes, and does so at every "
+                    "step: none of it can be computed once",
+                    where=path,
+                    remedy="Cache features for E3VA or LinearProbe, or train without cached features",
+                )
+            wires.append(wire)
+    ours = {id(p) for wire in wires for p in wire.adapter.parameters()}
+    trained = next((name for name, p in body.named_parameters() if p.requires_grad and id(p) not in ours), None)
+    if trained is not None:
+        raise SiteError(
+            "it trains, and what the backbone computes changes with it",
+            where=trained,
+            remedy="Attach E3VA or LinearProbe with trainable=(), or train without cached features",
+        )
+    order = {} if state is None or not wires else {site.key: k for k, site in enumerate(state.record().sites)}
+    return sorted(wires, key=lambda wire: order[wire.site.key])
+
+
+def _looks(wire: Wire) -> bool:
+    """Whether an adapter looks at more of what it is given than the shape."""
+    adapter = wire.adapter
+    return not isinstance(adapter, Joint) and not (isinstance(adapter, ReadOut) and not adapter.skip)
+
+
+def _nothing(wire: Wire, x: Tensor, layout: Layout) -> None:
+    pass
+
+
+@contextmanager
+def _hosts_in_evaluation(body: nn.Module, steps: Iterable[_Step]) -> Iterator[None]:
+    """The backbone's modules that adapters run again are in evaluation mode, as when the taps were computed."""
+    with ExitStack() as stack:
+        for step in steps:
+            if step.rerun is not None:
+                stack.enter_context(in_evaluation(body.get_submodule(step.wire.site.path)))
+        yield
+
+
+def _channels(body: nn.Module) -> tuple[int]:
+    example = example_input(body)
+    return (next(tensors_of((example.args, example.kwargs))).shape[1],)
+
+
+def _noise(shape: Sequence[int], body: nn.Module) -> Tensor:
+    """Numbers as the body takes them as images; always the same for a shape."""
+    parameter = next(p for p in body.parameters() if p.is_floating_point())
+    dtype = torch.float32 if torch.is_autocast_enabled(parameter.device.type) else parameter.dtype
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(parameter.device, dtype)
+
+
+def _norms(body: nn.Module, wires: Iterable[Wire]) -> list[nn.LayerNorm]:
+    own = {id(module) for wire in wires for module in wire.adapter.modules()}
+    return [m for m in body.modules() if isinstance(m, nn.LayerNorm) and id(m) not in own]
+
+
+def _tail(
+    number: int, wanted: Tensor, results: Sequence[Tensor], ends: Sequence[Wire], norms: Iterable[nn.LayerNorm]
+) -> _Tail:
+    """How map ``number`` is made of the results."""
+    size = (wanted.shape[-2], wanted.shape[-1])
+    precision = _ROUNDINGS * torch.finfo(wanted.dtype).eps
+    for norm in (None, *norms):
+        for source, (result, wire) in enumerate(zip(results, ends, strict=True)):
+            dim = wire.site.channel_dim
+            if result.shape[dim] != wanted.shape[1] or result[0].numel() < wanted[0].numel():
+                continue
+            if norm is not None and norm.normalized_shape != (wanted.shape[1],):
+                continue
+            tail = _Tail(source, dim, norm, size)
+            found = tail(results)
+            if found.shape == wanted.shape and (found - wanted).norm() <= precision * wanted.norm():
+                return tail
+    raise SiteError(
+        f"map {number} is not what the adapters give here, in another layout or behind a norm",
+        where=ends[min(number, len(ends) - 1)].site.path,
+        remedy="Train without cached features",
+    )
