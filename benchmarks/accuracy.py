@@ -15,12 +15,11 @@ Runs, cost and report if none is named. ``python benchmarks/readme.py`` then bri
 from __future__ import annotations
 
 import argparse
-import fcntl
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ import accuracy_cost
 import accuracy_data
 import accuracy_report
 import accuracy_runs
+import common
 import refold
 from accuracy_entries import VIT, Entry, entries, probe_of, unknown_names
 
@@ -50,17 +50,8 @@ def pieces(chosen: list[Entry], stamps: Path, *, wait: bool = False) -> Iterator
         yield from ((dataset, e) for e in (probe, *(e for e in going_on if e != probe)) if e in chosen)
 
 
-@contextmanager
-def claim(dataset: str, entry: Entry, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a piece while it is made: whether no other process holds it; ``wait`` until none does."""
-    accuracy_runs.ADAPTERS.mkdir(parents=True, exist_ok=True)
-    with (accuracy_runs.ADAPTERS / f"{dataset}-{entry.slug}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # the system frees it when we end
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+def claim(dataset: str, entry: Entry, *, wait: bool = False) -> AbstractContextManager[bool]:
+    return common.claim(accuracy_runs.ADAPTERS, f"{dataset}-{entry.slug}", wait=wait)
 
 
 def is_finished(dataset: str, entry: Entry) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def training_step(model: nn.Module, forward: Callable[[], Tensor], kernel: str) 
         model.zero_grad(set_to_none=True)
 
     return run
+
+
+@contextmanager
+def claim(folder: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a piece of work while it is done: whether no other process holds it; ``wait`` until none does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # the system frees it when we end
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write(name: str, rows: Iterable[dict[str, Any]], **facts: Any) -> Path:

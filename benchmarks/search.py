@@ -9,8 +9,8 @@ Both choose the size (0, 1, 5 or 10) of every prompt, LoRA and adapter of a ViT-
 
 Each sees as many training images and makes as many passes over the validation split, which alone decides; the recipe
 is that of ``accuracy.py``. The learning rate was chosen on validation, with a seed that is not used here: at 3e-3 the
-super-net did not settle and both did worse. Pieces that are finished are kept in ``results/search`` and not repeated, a run that was
-killed goes on from its last epoch: stop and start at will. The table goes to ``results/search.md``.
+super-net did not settle and both did worse. Pieces that are finished are kept in ``results/search`` and not repeated, a
+run that was killed goes on from its last epoch: stop and start at will. The table goes to ``results/search.md``.
 """
 
 from __future__ import annotations

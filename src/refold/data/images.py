@@ -17,7 +17,7 @@ from refold.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CACHES", "ImageSet", "Task"]
+__all__ = ["CACHES", "ImageSet", "Task", "free_memory"]
 
 Task = Literal["classify", "multilabel", "regress"]
 
@@ -152,7 +152,7 @@ class ImageSet:
         needed = len(self) * rendering.channels * rendering.size[0] * rendering.size[1]
         if self.cache == "stream":
             return False
-        free = _free_memory()
+        free = free_memory()
         if self.cache == "auto":
             return needed <= min(_MOST_BYTES, _MOST_SHARE * free)
         if needed > free:
@@ -178,7 +178,7 @@ class ImageSet:
         return chosen.long()
 
 
-def _free_memory() -> float:
+def free_memory() -> float:
     """Bytes this process may still take: of the machine, or of its control group if that is less."""
     import psutil
 

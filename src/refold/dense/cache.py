@@ -1,13 +1,9 @@
 """Features of a frozen backbone, computed once and kept: later epochs train what is around it alone.
 
 A record holds what :class:`refold.dense.replay.Replay` keeps of one view of one image, one tensor after the other, in
-bfloat16 or float32. All records are one array, in memory or in a memory-mapped file, at places known from the start:
-its size is known, and the disk's space taken, before anything is computed. Records are made when they are first asked
-for. A folder has three files:
-
-    header.json   what the records were made from and how, see :func:`_describe`; compared to the last bit when opened
-    features.bin  the records
-    written.bin   the CRC-32 of each, 0 where there is none yet; one that does not fit is made again
+bfloat16 or float32; see :mod:`refold.dense.records`. Records are made when they are first asked for. In a folder they
+are taken up again by another run with the same backbone, to the last bit, the same images and views: also one with
+another rank of E3VA, another decoder or learning rate. What differs is refused.
 
 An image is known by its content, so that a copied or touched file stays the same and an edited one does not.
 """
@@ -15,51 +11,27 @@ An image is known by its content, so that a copied or touched file stays the sam
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from refold.data.images import free_memory
 from refold.dense.encoder import Encoder
-from refold.dense.replay import Replay, Tap, compute_dtype
-from refold.errors import DataError, StoreError
+from refold.dense.records import Estimate, Records
+from refold.dense.replay import Replay, compute_dtype
+from refold.errors import DataError
 from refold.fingerprint import body_tensors, compare, fingerprint
-from refold.hosting import adapter_parameters
+from refold.hosting import adapter_parameters, hosted
 
 __all__ = ["CachedEncoder", "Estimate", "estimate", "identify"]
 
 Key = tuple[int, int]  # image and view, from 0
-_FORMAT = 1
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_HEADER, _FEATURES, _WRITTEN = "header.json", "features.bin", "written.bin"
-_ANOTHER = "Delete the folder, or name another one"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a cache takes.
-
-    Attributes:
-        per_image: bytes of one view of one image; of the largest one, where sizes differ.
-        total: bytes of all.
-    """
-
-    per_image: int
-    total: int
-
-    def __str__(self) -> str:
-        return f"{self.per_image / 2**20:.2f} MiB an image and view, {self.total / 2**30:.2f} GiB in all"
+#: Numbers of each tensor of a forward that are compared, and how far they may be from each other on another machine.
+_SAMPLES, _TOLERANCE = 64, 0.05
 
 
 def estimate(
@@ -71,7 +43,7 @@ def estimate(
         SiteError: the encoder's features cannot be cached, see :class:`refold.dense.replay.Replay`.
         DataError: ``views`` or ``dtype`` out of range, or no image.
     """
-    return _estimate(_records(Replay(encoder), list(sizes), views, dtype), views)
+    return Records.needed(_lengths(Replay(encoder), list(sizes), views), dtype)
 
 
 def identify(paths: Iterable[str | Path]) -> list[str]:
@@ -101,7 +73,7 @@ class CachedEncoder:
     caller's part. What draws in the backbone in training mode (DropPath, dropout) is off, as in evaluation.
 
     Args:
-        encoder: its body is frozen, and carries E3VA or nothing; where it computes.
+        encoder: its body is frozen, and carries E3VA or nothing; on the device, and in the precision, of the training.
         images: what tells each image apart, see :func:`identify`.
         sizes: (height, width) of each as the encoder sees it: resized, augmented and padded. All views have it.
         views: of each image.
@@ -130,33 +102,29 @@ class CachedEncoder:
         folder: str | Path | None = None,
         dtype: str = "bfloat16",
     ) -> None:
+        if len(images) != len(sizes):
+            raise DataError(f"{len(images)} images have {len(sizes)} sizes", where="sizes")
         self.encoder, self._views = encoder, views
         self._sizes = [(int(height), int(width)) for height, width in sizes]
-        if len(images) != len(self._sizes):
-            raise DataError(f"{len(images)} images have {len(self._sizes)} sizes", where="sizes")
-        self._replay = Replay(encoder)
-        self._compute = compute_dtype(encoder.body)
-        records = _records(self._replay, self._sizes, views, dtype)
-        self.estimate = _estimate(records, views)
-        self._starts = np.concatenate(([0], np.repeat(records, views).cumsum())).tolist()
+        self._replay, self._compute = Replay(encoder), compute_dtype(encoder.body)
+        lengths = _lengths(self._replay, self._sizes, views)
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
-            if self.estimate.total > (free := free_memory()):
-                raise DataError(
-                    f"the features need {self.estimate}, and {free / 2**30:.2f} GiB of memory are free",
-                    where="features",
-                    remedy="Keep them on disk, or use fewer views or smaller images",
-                )
-            self._bytes: np.ndarray = np.empty(self.estimate.total, np.uint8)
-            self._sums: np.ndarray = np.zeros(views * len(images), np.uint32)
+            self._records = Records(lengths, dtype)
         else:
-            pixels = json.loads(json.dumps(dict(pixels or {}), sort_keys=True))
-            header = _describe(self._replay, images, self._sizes, views, pixels, dtype)
-            if not self.folder.exists():
-                _create(self.folder, header, self.estimate, len(self._starts) - 1)
-            self._bytes, self._sums = _open(self.folder, header, encoder.body, self.estimate.total)
-        self._values = torch.from_numpy(self._bytes).view(_DTYPES[dtype])
-        self._checked: set[int] = set()
+            header = {
+                "backbone": _backbone(encoder.body),
+                "forward": _samples(self._replay, self._sizes[0]),
+                "compute": str(self._compute),
+                "reads": self._replay.reads,
+                "pixels": dict(pixels or {}),
+                "dtype": dtype,
+                "views": views,
+                "sizes": self._sizes,
+                "images": list(images),
+            }
+            self._records = Records(lengths, dtype, self.folder, header, partial(_difference, _tensors(encoder.body)))
+        self.estimate = self._records.estimate
 
     @contextmanager
     def serving(self, keys: Sequence[Key], *, blank: bool = False) -> Iterator[None]:
@@ -164,19 +132,19 @@ class CachedEncoder:
 
         Args:
             keys: (image, view) of each image of the batch, in order.
-            blank: the images that will be given are of the right size alone, and no record may be missing; saves to
-                read them.
+            blank: the images that will be given have the right size alone, so that no record may be missing: for
+                epochs that need not read them.
 
         Raises:
             DataError: a key that is not there; in the forward, images of another number or size.
         """
         slots = [self._slot(key) for key in keys]
         if blank and (lost := self.missing(keys)):
-            raise DataError("has no record", where=f"image {lost[0][0]}, view {lost[0][1]}", remedy="Give its pixels")
+            raise DataError("has no record", where=_name(lost[0]), remedy="Give its pixels")
 
         def maps(images: Tensor) -> list[Tensor]:
             size = self._check(images, keys)
-            todo = [k for k, slot in enumerate(slots) if not self._has(slot)]
+            todo = [k for k, slot in enumerate(slots) if not self._records.has(slot)]
             if todo:
                 self._write([slots[k] for k in todo], self._replay.record(images[todo]))
             return self._replay.maps(self._read(slots, size), size)
@@ -190,86 +158,104 @@ class CachedEncoder:
         Raises:
             DataError: a key that is not there.
         """
-        return [key for key in keys if not self._has(self._slot(key))]
-
-    # -- records ------------------------------------------------------------------------------------------------
+        return [key for key in keys if not self._records.has(self._slot(key))]
 
     def _slot(self, key: Key) -> int:
         image, view = key
         if not (0 <= image < len(self._sizes) and 0 <= view < self._views):
-            raise DataError(
-                f"is not among {len(self._sizes)} images with {self._views} views each",
-                where=f"image {image}, view {view}",
-            )
+            raise DataError(f"is not among {len(self._sizes)} images of {self._views} views", where=_name(key))
         return image * self._views + view
 
     def _check(self, images: Tensor, keys: Sequence[Key]) -> tuple[int, int]:
+        """The size of a batch."""
         size = (images.shape[-2], images.shape[-1])
-        if len(images) != len(keys) or not keys:
+        if len(images) != len(keys):
             raise DataError(f"{len(images)} images have {len(keys)} keys", where="keys")
-        for image, view in keys:
-            if self._sizes[image] != size:
-                rows, columns = self._sizes[image]
+        for key in keys:
+            if self._sizes[key[0]] != size:
                 raise DataError(
-                    f"was to be seen at {rows}x{columns}, and is {size[0]}x{size[1]} here",
-                    where=f"image {image}, view {view}",
-                    remedy="Give every image the size it was announced with; a batch that pads it changes its features",
+                    f"was to be seen at {self._sizes[key[0]]} pixels, and is at {size} here",
+                    where=_name(key),
+                    remedy="Give every image the size that was announced: what a batch pads it to changes its features",
                 )
         if compute_dtype(self.encoder.body) != self._compute:
             raise DataError(
-                f"were computed in {self._compute}, not in {compute_dtype(self.encoder.body)}",
+                f"are computed in {self._compute}, not in {compute_dtype(self.encoder.body)}",
                 where="features",
                 remedy="Use one precision, or make the cache anew",
             )
         return size
 
-    def _has(self, slot: int) -> bool:
-        """Whether there is a record, and the very one that was written."""
-        if slot in self._checked:
-            return True
-        kept = bool(self._sums[slot]) and int(self._sums[slot]) == self._sum(slot)
-        if kept:
-            self._checked.add(slot)
-        return kept
-
-    def _sum(self, slot: int) -> int:
-        size = self._values.element_size()
-        return zlib.crc32(self._bytes[self._starts[slot] * size : self._starts[slot + 1] * size]) or 1
-
     def _write(self, slots: Sequence[int], taps: Sequence[Tensor]) -> None:
-        for k, slot in enumerate(slots):
-            record = self._values[self._starts[slot] : self._starts[slot + 1]]
-            torch.cat([tap[k].flatten().to(self._values.dtype) for tap in taps], out=record.new_empty(0)) if False else None
-            at = 0
-            for tap in taps:
-                count = tap[k].numel()
-                record[at : at + count] = tap[k].flatten()
-                at += count
-            self._sums[slot] = self._sum(slot)
-            self._checked.add(slot)
+        for slot, record in zip(slots, torch.cat([tap.flatten(1) for tap in taps], 1).cpu(), strict=True):
+            self._records.write(slot, record)
 
     def _read(self, slots: Sequence[int], size: tuple[int, int]) -> list[Tensor]:
         """The taps of a batch, in the dtypes that the backbone gave them."""
         device = next(self.encoder.body.parameters()).device
         taps, at = [], 0
         for tap in self._replay.taps(size):
-            parts = [self._values[self._starts[slot] + at : self._starts[slot] + at + tap.elements] for slot in slots]
-            taps.append(torch.stack(parts).view(len(slots), *tap.shape).to(device).to(tap.dtype))
+            values = self._records.read(slots, at, tap.elements)
+            taps.append(values.view(len(slots), *tap.shape).to(device).to(tap.dtype))
             at += tap.elements
         return taps
 
 
-def _records(replay: Replay, sizes: Sequence[tuple[int, int]], views: int, dtype: str) -> list[int]:
-    """Bytes of a record of each image."""
-    if dtype not in _DTYPES:
-        raise DataError(f"must be one of {', '.join(_DTYPES)}, not {dtype!r}", where="dtype")
+def _lengths(replay: Replay, sizes: Sequence[tuple[int, int]], views: int) -> list[int]:
+    """Numbers in the record of each view of each image, all views of an image in a row."""
     if views < 1:
         raise DataError(f"must be 1 or more, not {views}", where="views")
-    if not sizes:
-        raise DataError("there is no image", where="images")
-    found = {}
-    return [0 for _ in sizes]
+    found = {size: sum(tap.elements for tap in replay.taps(size)) for size in dict.fromkeys(sizes)}
+    return [found[size] for size in sizes for _ in range(views)]
 
 
-def _estimate(records: Sequence[int], views: int) -> Estimate:
-    return Estimate(max(records), views * sum(records))
+def _name(key: Key) -> str:
+    return f"image {key[0]}, view {key[1]}"
+
+
+def _backbone(body: nn.Module) -> dict[str, Any]:
+    """A fingerprint, which can name what differs, and a hash of every bit but the adapters'."""
+    ours = {id(t) for slot in hosted(body).values() for t in (*slot.parameters(), *slot.buffers())}
+    bits = hashlib.blake2b(digest_size=16)
+    for name, tensor in body.state_dict(keep_vars=True).items():
+        if id(tensor) not in ours:
+            bits.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            bits.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {**fingerprint(_tensors(body)), "bits": bits.hexdigest()}
+
+
+def _tensors(body: nn.Module) -> dict[str, Tensor]:
+    return body_tensors(body, (), {}, adapter_parameters(body))
+
+
+def _samples(replay: Replay, size: tuple[int, int]) -> list[list[float]]:
+    """A few numbers of what is kept of an image of noise: what weights do not show, such as the number of heads."""
+    found = []
+    for tap in replay.record(replay.noise(size)):
+        flat = tap.flatten()
+        found.append(flat[:: max(flat.numel() // _SAMPLES, 1)].double().tolist())
+    return found
+
+
+def _difference(tensors: dict[str, Tensor], found: dict[str, Any], header: dict[str, Any]) -> str | None:
+    if found["backbone"] != header["backbone"]:
+        named = compare(found["backbone"], tensors)
+        return f"the backbone, {named or 'whose weights differ a little'}"
+    for name in ("compute", "reads", "dtype", "views"):
+        if found[name] != header[name]:
+            return f"{name} {found[name]}, not {header[name]}"
+    for name in sorted({*found["pixels"], *header["pixels"]}):
+        then, now = (side["pixels"].get(name) for side in (found, header))
+        if then != now:
+            return f"{name} {then}, not {now}"
+    for name in ("images", "sizes"):
+        if len(found[name]) != len(header[name]):
+            return f"{len(found[name])} images, not {len(header[name])}"
+        for k, (then, now) in enumerate(zip(found[name], header[name], strict=True)):
+            if then != now:
+                return f"image {k} has another content" if name == "images" else f"image {k} at {then}, not {now}"
+    for then, now in zip(found["forward"], header["forward"], strict=True):
+        a, b = (torch.tensor(side, dtype=torch.float64) for side in (then, now))
+        if not (a - b).norm() <= _TOLERANCE * a.norm():
+            return "a backbone of the same weights that computes something else"
+    return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,13 @@ from torch import nn
 
 import refold
 from refold.backbones import with_normalization
+from refold.backbones.files import cache_dir
 from refold.bench.measure import count_parameters, peak_memory
+from refold.data.coco_files import BACKGROUND
 from refold.dense.building import attach_to, build, default_decoder
-from refold.dense.encoder import load_encoder
+from refold.dense.encoder import LoadedEncoder, load_encoder
+from refold.dense.packaged import packaged
+from refold.dense.shapes import shapes
 from refold.detection import BoxSet, BoxSplits, load_boxes
 from refold.detection.problem import DetectionProblem, detect, metrics_of
 from refold.errors import DataError
@@ -22,7 +27,7 @@ from refold.report.figures import save
 from refold.report.overlays import contact_sheet
 from refold.segmentation import Inference, MaskSet, MaskSplits, evaluation_pairs, load_masks
 from refold.segmentation.problem import SegmentationProblem, confusion_of
-from refold.training.config import TrainConfig
+from refold.training.config import Recipe, TrainConfig
 from refold.training.inference import in_evaluation
 from refold.training.job import TrainResult
 from refold.training.loop import Solved, solve
@@ -33,16 +38,27 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from matplotlib.figure import Figure
 
-__all__ = ["Scored", "build_dense", "load_parts", "make_problem", "score", "train_dense"]
+__all__ = [
+    "Scored",
+    "background_of",
+    "build_dense",
+    "build_plain",
+    "load_labelled",
+    "load_parts",
+    "make_problem",
+    "require_dense",
+    "score",
+    "train_dense",
+]
 
-#: Images in ``overlays.png``, and the lowest score of a detection shown there.
+#: Images in ``overlays.png``, and the score from which on a detection is always shown there.
 _SHOWN, _SURE = 8, 0.5
 
 #: Settings that mean nothing where every pixel has a class, or every object a box: their defaults, which they keep.
 _NOT_HERE = {
     "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None, "consistency": 0.0, "target": None,
-    "train": None, "val": None, "test": None, "start": None, "skip_bad_images": False, "cache": "auto", "crop": "squash",
-    "drop_path": 0.1,
+    "train": None, "val": None, "test": None, "start": None, "skip_bad_images": False, "cache": "auto",
+    "crop": "squash", "drop_path": 0.1,
 }  # fmt: skip
 
 
@@ -59,6 +75,11 @@ class Scored:
     metrics: dict[str, float]
     per_class: list[dict[str, Any]]
     rows: list[dict[str, Any]]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """``per_class``, as of :class:`refold.training.Evaluation`."""
+        return {"per_class": self.per_class}
 
 
 def train_dense(
@@ -122,12 +143,33 @@ def load_parts(config: TrainConfig) -> MaskSplits | BoxSplits:
     Raises:
         DataError: as :func:`load_masks` and :func:`load_boxes`, or a setting that is not for dense tasks.
     """
+    require_dense(config, config.task or "")
+    assert config.task is not None
+    return load_labelled(config.task, config.data, fractions=config.fractions, seed=config.seed)
+
+
+def load_labelled(
+    task: str, data: str | Path, *, fractions: Sequence[float | None], seed: int = 0
+) -> MaskSplits | BoxSplits:
+    """A dense task's data: files, or one of :data:`refold.dense.packaged.PACKAGED` or ``shapes`` after ``packaged/``.
+
+    Raises:
+        DataError: as :func:`load_masks` and :func:`load_boxes`.
+    """
+    source, name = Path(data), str(data).removeprefix("packaged/")
+    if name != str(data):
+        cache = cache_dir() / "data"
+        source = (shapes(cache) if name == "shapes" else packaged(name, cache)).root
+    if task == "segment":
+        return load_masks(source, fractions=fractions, seed=seed)
+    return load_boxes(source, masks=task == "instance", fractions=fractions, seed=seed)
+
+
+def require_dense(recipe: Recipe, task: str) -> None:
+    """Raise :class:`DataError` for a setting that means nothing where pixels have classes, or objects boxes."""
     for name, neutral in _NOT_HERE.items():
-        if getattr(config, name) != neutral:
-            raise DataError(f"is not for task {config.task!r}", where=name, remedy="Leave it out")
-    if config.task == "segment":
-        return load_masks(config.data, fractions=config.fractions, seed=config.seed)
-    return load_boxes(config.data, masks=config.task == "instance", fractions=config.fractions, seed=config.seed)
+        if getattr(recipe, name, neutral) != neutral:
+            raise DataError(f"is not for task {task!r}", where=name, remedy="Leave it out")
 
 
 def build_dense(config: TrainConfig, classes: list[str]) -> tuple[nn.Module, Preprocessing]:
@@ -140,42 +182,60 @@ def build_dense(config: TrainConfig, classes: list[str]) -> tuple[nn.Module, Pre
     decoder = default_decoder(config.task, config.decoder)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        loaded = load_encoder(
-            config.model,
-            image_size=config.image_size,
-            pretrained=config.pretrained,
-            in_chans=config.in_chans or 3,
-            weights=config.weights,
-        )
-        preprocessing = with_normalization(loaded.preprocessing, config.normalize)
-        loaded = replace(loaded, preprocessing=preprocessing)
-        model = build(config.task, decoder, loaded, preprocessing, classes)
+        model, loaded = build_plain(config, classes)
         attach_to(
             model, config.method, task=config.task, decoder=decoder, backbone=loaded.spec,
-            preprocessing=preprocessing, classes=classes,
+            preprocessing=loaded.preprocessing, classes=classes,
         )  # fmt: skip
-    return model, preprocessing
+    return model, loaded.preprocessing
+
+
+def build_plain(config: TrainConfig, classes: list[str]) -> tuple[nn.Module, LoadedEncoder]:
+    """The config's model without its method; random weights are drawn from the global generator.
+
+    Raises:
+        BackboneError, DataError: it cannot be built.
+    """
+    assert config.task is not None
+    loaded = load_encoder(
+        config.model,
+        image_size=config.image_size,
+        pretrained=config.pretrained,
+        in_chans=config.in_chans or 3,
+        weights=config.weights,
+    )
+    preprocessing = with_normalization(loaded.preprocessing, config.normalize)
+    loaded = replace(loaded, preprocessing=preprocessing)
+    decoder = default_decoder(config.task, config.decoder)
+    return build(config.task, decoder, loaded, preprocessing, classes), loaded
 
 
 def make_problem(
-    model: Any, parts: MaskSplits | BoxSplits, preprocessing: Preprocessing, config: TrainConfig
+    model: Any, parts: MaskSplits | BoxSplits, preprocessing: Preprocessing, recipe: Recipe
 ) -> Callable[[Accelerator, str], Problem]:
     """What :func:`refold.training.loop.solve` trains."""
 
     def problem(accelerator: Accelerator, precision: str) -> Problem:
         if isinstance(parts, MaskSplits):
-            return SegmentationProblem(model, parts.train, parts.val, preprocessing, config, accelerator, precision)
-        return DetectionProblem(model, parts.train, parts.val, config, accelerator, precision)
+            return SegmentationProblem(model, parts.train, parts.val, preprocessing, recipe, accelerator, precision)
+        return DetectionProblem(model, parts.train, parts.val, recipe, accelerator, precision)
 
     return problem
 
 
 def score(
-    model: Any, part: MaskSet | BoxSet, preprocessing: Preprocessing, accelerator: Accelerator, *, workers: int = 0
+    model: Any,
+    part: MaskSet | BoxSet,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+    *,
+    workers: int = 0,
+    inference: Inference | None = None,
+    short_side: int | None = None,
 ) -> Scored:
-    """Metrics of a model on a set, in float32."""
+    """Metrics of a model on a set, in float32; the last two are of segmentation, see :func:`confusion_of`."""
     if isinstance(part, MaskSet):
-        confusion = confusion_of(model, part, preprocessing, accelerator)
+        confusion = confusion_of(model, part, preprocessing, accelerator, inference=inference, short_side=short_side)
         return Scored(confusion.metrics(), confusion.per_class(), [])
     rows = detect(model, part, accelerator, workers=workers)
     metrics, per_class = metrics_of(model, part, rows)
@@ -194,14 +254,24 @@ def draw(model: Any, part: MaskSet | BoxSet, preprocessing: Preprocessing, accel
                 truths.append(mask[0])
                 size = (mask.shape[-2], mask.shape[-1])
                 predictions.append(inference(model, batch.to(accelerator.device), size).argmax(1)[0].cpu())
-            return contact_sheet(images, few.classes, truths=truths, predictions=predictions, background=None)
+            shown = background_of(few.classes)
+            return contact_sheet(images, few.classes, truths=truths, predictions=predictions, background=shown)
         for k in range(len(few)):
             images.append(few.read(k))
             truths.append({name: value for name, value in few.target(k).items() if name != "image_id"})
             found = model([images[-1].to(accelerator.device).float() / 255])[0]
             predictions.append({name: value.cpu() for name, value in found.items()})
-    classes = ["background", *few.classes]
-    return contact_sheet(images, classes, truths=truths, predictions=predictions, threshold=_SURE)
+    scores = torch.cat([found["scores"] for found in predictions]).sort(descending=True).values
+    objects = max(few.count(), 1)
+    # As many as there are objects where the model is never sure, as it is after a short training.
+    threshold = min(_SURE, float(scores[:objects][-1])) if len(scores) else _SURE
+    classes = [BACKGROUND, *few.classes]
+    return contact_sheet(images, classes, truths=truths, predictions=predictions, threshold=threshold)
+
+
+def background_of(classes: Sequence[str]) -> int | None:
+    """The class that pictures of masks leave unpainted; None where no class is called background."""
+    return classes.index(BACKGROUND) if BACKGROUND in classes else None
 
 
 def _summary(

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -163,13 +164,15 @@ class Replay:
         results = self._results(program.steps, taps)
         return [tail(results) for tail in program.tails]
 
+    def noise(self, size: tuple[int, int], count: int = 1) -> Tensor:
+        """Images of noise as the encoder takes them, the same for the same arguments."""
+        return _noise((count, *_channels(self.encoder.body), *size), self.encoder.body)
+
     # -- forwards -----------------------------------------------------------------------------------------------
 
     def _watched(self, images: Tensor, note: Callable[[Wire, Tensor, Layout], None]) -> list[Tensor]:
         """The maps, in evaluation mode; ``note`` is told of every adapter what it was given."""
-        handles = [
-            wire.adapter.register_forward_pre_hook(lambda _, args, wire=wire: note(wire, *args)) for wire in self._wires
-        ]
+        handles = [wire.adapter.register_forward_pre_hook(partial(_tell, partial(note, wire))) for wire in self._wires]
         try:
             with torch.no_grad(), in_evaluation(self.encoder), self.encoder.fed(None):
                 return self.encoder(images)
@@ -236,7 +239,7 @@ class Replay:
     @torch.no_grad()
     def _prove(self, size: tuple[int, int]) -> _Program:
         """Find the program with one image, and prove it with two others and random adapters."""
-        one, two = (_noise((count, *_channels(self.encoder.body), *size), self.encoder.body) for count in (1, 2))
+        one, two = self.noise(size), self.noise(size, 2)
         steps: list[_Step] = []
 
         def note(wire: Wire, x: Tensor, layout: Layout) -> None:
@@ -312,6 +315,10 @@ def _looks(wire: Wire) -> bool:
     """Whether an adapter looks at more of what it is given than the shape."""
     adapter = wire.adapter
     return not isinstance(adapter, Joint) and not (isinstance(adapter, ReadOut) and not adapter.skip)
+
+
+def _tell(note: Callable[[Tensor, Layout], None], adapter: nn.Module, args: tuple[Tensor, Layout]) -> None:
+    note(*args)
 
 
 def _nothing(wire: Wire, x: Tensor, layout: Layout) -> None:

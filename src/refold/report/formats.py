@@ -8,7 +8,7 @@ from collections.abc import Mapping
 __all__ = ["NONE", "compact", "count", "duration", "metric", "percent", "plain", "scientific", "size"]
 
 NONE = "–"
-_SHARES = frozenset({"accuracy", "balanced_accuracy", "top5"})
+_SHARES = frozenset({"accuracy", "balanced_accuracy", "top5", "pixel_accuracy", "mean_accuracy"})
 
 
 def count(value: int | None) -> str:

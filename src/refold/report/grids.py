@@ -42,6 +42,16 @@ TITLES = {
     "mse": "MSE",
     "r2": "R²",
     "map": "mAP",
+    "miou": "mIoU",
+    "iou": "IoU",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+    "box_ap": "box AP",
+    "mask_ap": "mask AP",
 }
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 _NOT_METRICS = frozenset({"epoch", "step", "split", "lr", "seconds", "loss", "images", "count"})
@@ -125,17 +135,22 @@ def metrics_grid(metrics: Mapping[str, Mapping[str, Any]]) -> Grid:
 
 
 def per_class_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
-    """Per-class metrics: each row has ``class``, metrics such as precision or auroc, and ``support``."""
-    names = metric_names({k: v for k, v in row.items() if k != "support"} for row in rows)
+    """Per-class metrics: each row has ``class``, metrics such as precision or iou, and how many there are of it.
+
+    That is ``support``, images, or objects where the metrics are average precisions; or ``pixels``.
+    """
+    counted = "pixels" if any("pixels" in row for row in rows) else "support"
+    names = metric_names({k: v for k, v in row.items() if k != counted} for row in rows)
     cells = tuple(
         (
             str(row.get("class", "")),
             *(formats.metric(name, row.get(name)) for name in names),
-            formats.count(row.get("support")),
+            formats.count(row.get(counted)),
         )
         for row in rows
     )
-    return Grid("Per class", ("class", *map(metric_title, names), "images"), cells)
+    unit = counted if counted == "pixels" else "objects" if "ap" in names else "images"
+    return Grid("Per class", ("class", *map(metric_title, names), unit), cells)
 
 
 def confusion_grid(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Grid:

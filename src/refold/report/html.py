@@ -24,8 +24,28 @@ __all__ = ["render", "write_report"]
 MAX_THUMBNAILS = 24  # of right and of wrong predictions each
 THUMBNAIL_SIDE = 192  # pixels
 MAX_CONFUSION = 30  # classes beyond which the confusion matrix is a picture and a list of mistakes only
-LEADING = ("accuracy", "map", "mae", "rmse", "auroc", "f1", "r2")  # the metrics worth a tile, in this order
-TASKS = {"classify": "classification", "multilabel": "multi-label", "regress": "regression"}
+LEADING = (
+    "accuracy",
+    "map",
+    "mae",
+    "rmse",
+    "auroc",
+    "f1",
+    "r2",
+    "miou",
+    "pixel_accuracy",
+    "ap",
+    "ap50",
+)  # the metrics worth a tile, in this order
+TASKS = {
+    "classify": "classification",
+    "multilabel": "multi-label",
+    "regress": "regression",
+    "segment": "semantic segmentation",
+    "detect": "object detection",
+    "instance": "instance segmentation",
+}
+OVERLAYS_WIDTH = 1600  # pixels
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -86,8 +106,10 @@ def _head(run: Run) -> dict[str, Any]:
     facts = []
     if data := settings.get("data"):
         facts.append(f"Data: {PurePath(str(data)).name}")
+    if decoder := summary.get("decoder"):
+        facts.append(f"Decoder: {decoder}" if summary.get("task") == "segment" else f"Detector: {decoder}")
     if classes := summary.get("classes"):
-        facts.append(f"{len(classes)} classes")
+        facts.append(f"{len(classes)} classes" if len(classes) > 1 else "1 class")
     if images := summary.get("images"):
         counts = (f"{formats.count(n)} {grids.SPLITS.get(split, split)}" for split, n in images.items() if n)
         facts.append(" / ".join(counts) + " images")
@@ -228,7 +250,10 @@ def _examples(run: Run) -> dict[str, Any]:
     groups: dict[str, list[Thumbnail]] = {"wrong": [], "right": [], "shown": []}
     for item in run.thumbnails:
         groups["shown" if item.correct is None else "right" if item.correct else "wrong"].append(item)
-    return {name: [_thumb(item) for item in items[:MAX_THUMBNAILS]] for name, items in groups.items()}
+    page: dict[str, Any] = {name: [_thumb(item) for item in items[:MAX_THUMBNAILS]] for name, items in groups.items()}
+    overlays = run.overlays
+    page["overlays"] = None if overlays is None else _data_uri(overlays, OVERLAYS_WIDTH)
+    return page
 
 
 def _thumb(item: Thumbnail) -> dict[str, Any]:
@@ -243,11 +268,12 @@ def _thumb(item: Thumbnail) -> dict[str, Any]:
     }
 
 
-def _data_uri(image: np.ndarray) -> str:
+def _data_uri(image: np.ndarray, width: int = THUMBNAIL_SIDE) -> str:
+    """A JPEG, no wider than that; thumbnails no higher either."""
     from PIL import Image
 
     picture = Image.fromarray(image)
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    picture.thumbnail((width, width if width == THUMBNAIL_SIDE else picture.height))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

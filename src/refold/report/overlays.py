@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import ImageFont
 
-__all__ = ["Labels", "contact_sheet", "paint", "palette"]
+__all__ = ["Labels", "class_colours", "contact_sheet", "paint", "palette"]
 
 Labels: TypeAlias = Tensor | Mapping[str, Tensor]
 """A semantic mask (H, W) of class indices, or objects as torchvision's detectors give them: ``boxes`` (N, 4) as x0,
@@ -82,7 +82,7 @@ def paint(
             classes.
     """
     picture, factor = _canvas(image)
-    look = _Look(classes, _class_colours(len(classes), background), alpha, names)
+    look = _Look(classes, class_colours(len(classes), background), alpha, names)
     if isinstance(labels, Tensor):
         mask = _checked_mask(labels, image, len(classes), ignore_index)
         return _paint_mask(picture, mask, factor, look, ignore_index)
@@ -141,7 +141,8 @@ def contact_sheet(
                     occurring |= _present(labels, threshold, background)
                 axes.imshow(picture.permute(1, 2, 0).numpy())
                 if row == 0 and len(panels) > 1:
-                    axes.set_title(panel, loc="left")
+                    scored = panel == "prediction" and "scores" in predictions[k]
+                    axes.set_title(f"{panel}, score ≥ {threshold:.2f}" if scored else panel, loc="left")
         _legend(figure, [k for k in sorted(occurring) if k < len(classes)], classes, background)
         return figure
 
@@ -164,8 +165,8 @@ def _canvas(image: Tensor) -> tuple[Tensor, int]:
     return pixels.expand(3, -1, -1).contiguous(), factor
 
 
-def _class_colours(count: int, background: int | None) -> list[Colour | None]:
-    """By class index; None for the background."""
+def class_colours(count: int, background: int | None) -> list[Colour | None]:
+    """RGB (0 to 255) by class index, as :func:`paint` has them; None for the background."""
     drawn = iter(palette(count))
     return [None if k == background else next(drawn) for k in range(count)]
 
@@ -351,7 +352,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def _legend(figure: Figure, present: Sequence[int], classes: Sequence[str], background: int | None) -> None:
     from matplotlib.patches import Patch
 
-    colours = _class_colours(len(classes), background)
+    colours = class_colours(len(classes), background)
     patches = [Patch(facecolor=f"#{bytes(colours[k] or _IGNORED).hex()}", label=classes[k]) for k in present]
     if patches:
         across = max(1, int(figure.get_figwidth() / 1.3))

@@ -59,6 +59,7 @@ class Run:
         certificate, cost: ``certificate.json`` and ``cost.json``, None where missing.
         predictions: rows of ``predictions.csv``.
         thumbnails: the images kept in ``thumbnails.npz`` with their row of ``thumbnails.json``.
+        overlays: ``overlays.png`` of a dense task, (H, W, 3) uint8; None where missing.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Run:
     cost: dict[str, Any] | None = None
     predictions: list[Prediction] = field(default_factory=list)
     thumbnails: list[Thumbnail] = field(default_factory=list)
+    overlays: np.ndarray | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ def read_run(path: str | Path) -> Run:
         cost=_read_object(path / "cost.json"),
         predictions=_read_predictions(path / "predictions.csv"),
         thumbnails=_read_thumbnails(path, summary.get("classes")),
+        overlays=_read_picture(path / "overlays.png"),
     )
 
 
@@ -188,6 +191,19 @@ def _read_thumbnails(folder: Path, classes: list[str] | None) -> list[Thumbnail]
         return [_thumbnail(images, row, classes) for row in rows]
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
         raise _broken(index, f"{type(error).__name__}: {error}") from error
+
+
+def _read_picture(file: Path) -> np.ndarray | None:
+    if not file.is_file():
+        return None
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=["PNG"]) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's PNG parser raises
+        raise _broken(file, error) from error
 
 
 def _thumbnail(images: np.ndarray, row: Mapping[str, Any], classes: list[str] | None) -> Thumbnail:

@@ -109,10 +109,14 @@ def confusion_of(
     *,
     precision: str = "fp32",
     inference: Inference | None = None,
+    short_side: int | None = None,
 ) -> PixelConfusion:
-    """Confusion over all images of a set, the same on every process; the model's mode is restored."""
+    """Confusion over all images of a set, the same on every process; the model's mode is restored.
+
+    ``short_side`` is as for :func:`evaluation_pairs`.
+    """
     rank, world = accelerator.process_index, accelerator.num_processes
-    pairs = evaluation_pairs(mask_set, preprocessing, rank=rank, world=world)
+    pairs = evaluation_pairs(mask_set, preprocessing, short_side=short_side, rank=rank, world=world)
     with in_evaluation(model), autocast(accelerator.device, precision):
         found = evaluate(model, pairs, mask_set.classes, inference, accelerator.device)
     if world > 1:

