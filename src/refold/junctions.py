@@ -33,10 +33,11 @@ def read_out(survey: Survey, blocks: list[str]) -> list[str]:
 
 
 def continuing(survey: Survey, path: str, following: str) -> tuple[str, ...]:
-    """The outermost modules that are given the result of ``path`` and lead to the block ``following``."""
+    """The outermost modules that are given the result of ``path``, change it and lead to the block ``following``."""
     flow = survey.trace.flow
-    around = [reader for reader in flow.readers(path) if following.startswith(f"{reader}.")]  # a stage of one block
-    found = [reader for reader in flow.readers(path) if flow.leads(reader, following) and reader not in around]
+    # A stage around the following block is no step to it, and what gives back what it was given (Identity) is none.
+    apart = [r for r in flow.readers(path) if not following.startswith(f"{r}.") and flow.made.get(r) != flow.made[path]]
+    found = [reader for reader in apart if flow.leads(reader, following)]
     return tuple(r for r in found if not any(r.startswith(f"{other}.") for other in found))
 
 

@@ -6,7 +6,6 @@ the MLP's, with the same tables as for layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -31,6 +30,7 @@ __all__ = [
     "covers",
     "on_grid",
     "projection",
+    "spatial",
     "stages",
     "tried",
 ]
@@ -162,6 +162,12 @@ def _common(a: str, b: str) -> str:
     return ".".join(shared)
 
 
+def spatial(survey: Survey, paths: Iterable[str]) -> list[str]:
+    """Those of the blocks that return positions, not one vector an image as a block that pools in front of a head."""
+    shapes = {path: survey.trace.shapes.get(path, (1, 2, 1)) for path in paths}
+    return [path for path, shape in shapes.items() if len(shape) > 3 or (len(shape) == 3 and shape[1] > 1)]
+
+
 def stages(survey: Survey, count: int = 4) -> list[str]:
     """Paths of the blocks that end a stage: the last before the features' shape changes.
 
@@ -169,7 +175,7 @@ def stages(survey: Survey, count: int = 4) -> list[str]:
     front of a head belongs to no stage.
     """
     seen = survey.trace.shapes
-    paths = [path for path in blocks(survey) if path not in seen or math.prod(seen[path][1:-1]) > 1]
+    paths = spatial(survey, blocks(survey))
     shapes = [seen.get(path) for path in paths]
     ends = [p for p, here, following in zip(paths, shapes, [*shapes[1:], None], strict=True) if here != following]
     if len(ends) > 1 or len(paths) <= count:

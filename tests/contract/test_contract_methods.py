@@ -67,7 +67,8 @@ REFUSED: dict[str, dict[str, str]] = {
     "ConvAdapter": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
     "DTL": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
     "LST": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
-    "E3VA": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
+    "E3VA": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks")
+    | {"resnet": "no module alone turns the features"},
     "ProTuning": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
     "Partial": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
 }
@@ -146,7 +147,7 @@ def test_starts_as_the_backbone(family, method, dtype):
     before = model(x)
     refold.attach(model, method)
     if isinstance(method, (refold.VPT, refold.E3VA)):  # whose start is tokens that matter, or a norm
-        assert 0 < relative(model(x), before) < 2
+        assert (0 if dtype == torch.bfloat16 else 1e-9) <= relative(model(x), before) < 2
         return
     if type(method).__name__ in NOISY:
         assert dtype != torch.float64 or 0 < relative(model(x), before) < 2

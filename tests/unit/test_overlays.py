@@ -160,7 +160,11 @@ def test_contact_sheet(tmp_path):
     truths[0][:40] = 2
     predictions = [objects((5, 5, 30, 30), labels=[1], scores=[score]) for score in (0.9, 0.2, 0.1)]
     figure = contact_sheet(images, CLASSES, truths=truths, predictions=predictions)
-    assert [axes.get_title(loc="left") for axes in figure.axes[:6]] == ["image", "truth", "prediction"] * 2
+    assert [axes.get_title(loc="left") for axes in figure.axes[:6]] == [
+        "image",
+        "truth",
+        "prediction, score ≥ 0.50",
+    ] * 2
     assert sum(len(axes.images) for axes in figure.axes) == 9
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["bird", "cat"]
     colours = [

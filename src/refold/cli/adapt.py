@@ -19,6 +19,7 @@ from refold.cli.options import (
     Data,
     Decoder,
     Epochs,
+    Flip,
     Force,
     HeadRate,
     ImageSize,
@@ -27,19 +28,28 @@ from refold.cli.options import (
     Precision,
     Pretrained,
     Resume,
+    Scales,
     Seed,
     Select,
+    ShortSide,
     Split,
+    Stride,
     Target,
     Task,
     TestList,
     TrainList,
     ValList,
     Weights,
+    Window,
+    parse_inference,
     parse_method,
 )
 
 __all__ = ["evaluate", "predict", "train"]
+
+ForwardBatch = Annotated[
+    int | None, typer.Option("--batch-size", help="Images of a forward pass, 64 if not given; not for dense tasks.")
+]
 
 
 def train(
@@ -158,8 +168,13 @@ def evaluate(
     adapter: Adapter,
     data: Annotated[str | None, typer.Argument(help="Labelled images; the run's own data if not given.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    target: Annotated[str | None, typer.Option(help="Target column of a CSV.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 64,
+    target: Target = None,
+    batch_size: ForwardBatch = None,
+    window: Window = None,
+    stride: Stride = None,
+    scales: Scales = None,
+    flip: Flip = False,
+    short_side: ShortSide = None,
     weights: Weights = None,
     force: Force = False,
     skip_bad_images: Annotated[
@@ -169,6 +184,8 @@ def evaluate(
     """Score an adapted model on labelled images, in float32.
 
     Example: refold evaluate runs/a photos/ --split test
+
+    Example: refold evaluate runs/streets --split val --window 512 --scale 0.75 --scale 1 --scale 1.25 --flip
     """
     from refold.report.grids import metrics_grid, per_class_grid
     from refold.report.tables import rich_table
@@ -183,6 +200,8 @@ def evaluate(
         weights=weights,
         force=force,
         skip_bad_images=skip_bad_images,
+        inference=parse_inference(window, stride, scales, flip),
+        short_side=short_side,
     )
     console.print(rich_table(metrics_grid({split: result.metrics})))
     if "per_class" in result.details:
@@ -193,9 +212,22 @@ def predict(
     adapter: Adapter,
     images: Annotated[str, typer.Argument(help="An image, or a folder of images.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="CSV to write; the terminal if not given.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="CSV to write, the terminal if not given; of segmentation and detection a folder, which is needed.",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 64,
+    batch_size: ForwardBatch = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Detection: lowest score of what is drawn; 0.5 if not given.")
+    ] = None,
+    window: Window = None,
+    stride: Stride = None,
+    scales: Scales = None,
+    flip: Flip = False,
+    short_side: ShortSide = None,
     weights: Weights = None,
     force: Force = False,
     skip_bad_images: Annotated[
@@ -204,21 +236,47 @@ def predict(
 ) -> None:
     """Predict with an adapted model: one row an image, with a score for each class.
 
+    Of segmentation OUTPUT/masks holds a palette PNG of class indices for each image, of detection
+    OUTPUT/predictions.json COCO's rows of results (image_id by file_name); OUTPUT/overlays shows them.
+
     Example: refold predict runs/a new-photos/ --output predictions.csv
+
+    Example: refold predict runs/streets new-streets/ --output seen
     """
     import sys
 
     from refold.errors import DataError
     from refold.training import predict as run
+    from refold.training import resolve
 
     if output is not None and not output.parent.is_dir():
         raise DataError("the folder does not exist", where=str(output.parent), remedy="Create it first")
-    rows = run(adapter, images, batch_size=batch_size, weights=weights, force=force, skip_bad_images=skip_bad_images)
+    ready = resolve(adapter, weights=weights, force=force)
+    if ready.dense and output is None:
+        raise DataError("is needed for task " + repr(ready.kind), where="--output", remedy="Name a folder to write")
+    rows = run(
+        ready.model,
+        images,
+        batch_size=batch_size,
+        skip_bad_images=skip_bad_images,
+        output=output if ready.dense else None,
+        threshold=threshold,
+        inference=parse_inference(window, stride, scales, flip),
+        short_side=short_side,
+    )
+    if ready.dense:
+        _tell_skipped(rows.skipped)
+        console.print(f"{len(rows)} images: {output}", highlight=False)
+        return
     with output.open("w", newline="") if output is not None else nullcontext(sys.stdout) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    for path, reason in rows.skipped:
-        error(f"skipped {path}: {reason}")
+    _tell_skipped(rows.skipped)
     if output is not None:
         console.print(f"{len(rows)} predictions: {output}")
+
+
+def _tell_skipped(skipped: list[tuple[str, str]]) -> None:
+    for path, reason in skipped:
+        error(f"skipped {path}: {reason}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from refold.errors import SiteError
 from refold.methods import METHODS, Compose, Method
+
+if TYPE_CHECKING:
+    from refold.segmentation import Inference
 
 __all__ = [
     "BACKBONE",
@@ -19,6 +22,7 @@ __all__ = [
     "Data",
     "Decoder",
     "Epochs",
+    "Flip",
     "Force",
     "HeadRate",
     "ImageSize",
@@ -27,15 +31,20 @@ __all__ = [
     "Precision",
     "Pretrained",
     "Resume",
+    "Scales",
     "Seed",
     "Select",
+    "ShortSide",
     "Split",
+    "Stride",
     "Target",
     "Task",
     "TestList",
     "TrainList",
     "ValList",
     "Weights",
+    "Window",
+    "parse_inference",
     "parse_method",
 ]
 
@@ -104,6 +113,38 @@ ImageSize = Annotated[int | None, typer.Option(help="Side of the model's input i
 Select = Annotated[str | None, typer.Option(help="Validation metric that chooses the best epoch.")]
 Seed = Annotated[int, typer.Option(help="Of the split, the order, augmentation, dropout and initialisation.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")]
+
+
+Window = Annotated[
+    int | None, typer.Option(help="Segmentation: side in pixels of a window that slides over the image.")
+]
+Stride = Annotated[int | None, typer.Option(help="Segmentation: pixels between windows; two thirds if not given.")]
+Scales = Annotated[
+    list[float] | None, typer.Option("--scale", help="Segmentation: resize by this factor; several are averaged.")
+]
+Flip = Annotated[bool, typer.Option("--flip", help="Segmentation: average with the mirrored image.")]
+ShortSide = Annotated[
+    int | None,
+    typer.Option(help="Segmentation: resize the shorter side to so many pixels; 0 keeps the image's size."),
+]
+
+
+def parse_inference(window: int | None, stride: int | None, scales: list[float] | None, flip: bool) -> Inference | None:
+    """How a segmenter looks at images; None where no option was given.
+
+    Raises:
+        DataError: a size, stride or scale that is not positive, or a stride beyond the window.
+    """
+    if window is None and stride is None and not scales and not flip:
+        return None
+    from refold.segmentation import Inference
+
+    return Inference(
+        window=None if window is None else (window, window),
+        stride=None if stride is None else (stride, stride),
+        scales=tuple(scales or (1.0,)),
+        flip=flip,
+    )
 
 
 def parse_method(text: str, where: str = "--method") -> Method:

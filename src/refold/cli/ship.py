@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 import refold
+from refold.attachment import attached_part
 from refold.cli.console import console
 from refold.cli.options import Adapter, Force, Weights, parse_method
-from refold.errors import MergeError
+from refold.errors import MergeError, RefoldError
 from refold.state import require_state
 
 __all__ = ["explain", "export", "merge"]
@@ -34,7 +35,8 @@ def merge(
 ) -> None:
     """Fold an adapter into its backbone and write plain weights, with a certificate of exactness.
 
-    The file loads strictly with timm.create_model(...).load_state_dict, without refold. The certificate is
+    The file loads strictly with timm.create_model(...).load_state_dict, without refold; of segmentation and detection
+    it holds the whole model, with its backbone's weights under the name that is printed. The certificate is
     printed and written beside it.
 
     Example: refold merge runs/cells --output cells.safetensors
@@ -44,12 +46,13 @@ def merge(
     from refold.report import tables
     from refold.training import resolve
 
-    model = resolve(adapter, weights=weights, force=force).model
-    certificate = certify(model)
+    ready = resolve(adapter, weights=weights, force=force)
+    model, part = ready.model, attached_part(ready.model)
+    certificate = certify(ready.backbone)
     if not certificate["holds"]:
         console.print(tables.certificate_table(certificate))
         raise MergeError("the merge is not exact; nothing was written", where=adapter)
-    refold.merge(model)
+    refold.merge(ready.backbone)
     result = export_weights(model, output)
     record = json.dumps(certificate, indent=2)
     beside = output.with_suffix(".certificate.json")
@@ -59,6 +62,8 @@ def merge(
         refold_report(Path(adapter))
     console.print(tables.certificate_table(certificate))
     console.print(f"Merged weights: {result.path} ({result.bytes:,} bytes)\nCertificate: {beside}")
+    if part:
+        console.print(f"The backbone's weights are those whose names begin with {part}.", highlight=False)
 
 
 def refold_report(folder: Path) -> None:
@@ -90,13 +95,19 @@ def export(
 
     ready = resolve(adapter, weights=weights, force=force)
     model, prepared = ready.model, ready.preprocessing
-    if require_state(model, "export").record().method.mergeable:
-        refold.merge(model)
+    if ready.kind in ("detect", "instance") and format is not Format.WEIGHTS:
+        raise RefoldError(
+            f"a detector takes a list of images and returns lists of objects, which --format {format} has no form for",
+            where=adapter,
+            remedy="Use --format weights",
+        )
+    if require_state(ready.backbone, "export").record().method.mergeable:
+        refold.merge(ready.backbone)
     elif format is Format.WEIGHTS:
         raise MergeError(
             "its adapters stay beside the backbone, whose plain weights would leave them out",
             where=adapter,
-            remedy="Use --format onnx or --format program",
+            remedy="Use --format onnx or --format program" if ready.kind not in ("detect", "instance") else None,
         )
     if format is Format.ONNX:
         result = export_onnx(model, output, preprocessing=prepared, with_preprocessing=preprocessing)
@@ -128,7 +139,7 @@ def explain(
     from refold.training import resolve
 
     if method is None:
-        model = resolve(source, weights=weights, force=force).model
+        model = resolve(source, weights=weights, force=force).backbone
     else:
         chosen = parse_method(method)
         model = backbones.load(source, num_classes=2, weights=weights, pretrained=weights is not None).model

@@ -3,11 +3,11 @@
 ==========================  ==========================================================================================
 file                        content
 ==========================  ==========================================================================================
-``masks/NAME.png``          of segmentation: the class index of every pixel, a palette image whose colours are those of
-                            the overlays; its first class is 0
-``predictions.json``        of detection: rows of a COCO results file. ``image_id`` counts the images from 1 in the order
-                            of their paths, ``category_id`` the model's classes from 1; beside them ``file_name``, the
-                            path below the folder that was searched, and ``category``, the class's name
+``masks/NAME.png``          of segmentation: the class index of every pixel, from 0, as a palette image whose colours
+                            are those of the overlays
+``predictions.json``        of detection: rows of a COCO results file. ``image_id`` counts the images from 1, sorted by
+                            path, ``category_id`` the model's classes from 1; beside them ``file_name``, the path below
+                            the folder that was searched, and ``category``, the class's name
 ``classes.txt``             one class a line; the first is 0 in the masks, 1 in the JSON
 ``overlays/NAME.png``       the image with its mask or objects drawn on it
 ==========================  ==========================================================================================
@@ -16,6 +16,7 @@ file                        content
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor
 
 from refold.data.coco_files import BACKGROUND
+from refold.data.decoding import decode
 from refold.dense.job import background_of
 from refold.detection import BoxSet, to_results, write_results
 from refold.errors import DataError
 from refold.report.overlays import class_colours, paint
-from refold.segmentation import Inference, image_batch
+from refold.segmentation import Inference
+from refold.segmentation.loader import as_input
 from refold.training.build import Ready
 from refold.training.evaluation import refuse_others
 from refold.training.inference import start_accelerator
@@ -81,9 +84,12 @@ def _segment(
     inference: Inference,
     short_side: int | None,
 ) -> list[dict[str, Any]]:
+    from torchvision.transforms.functional import pil_to_tensor
+
     rows = []
     for k, path in enumerate(paths):
-        image, batch = image_batch(path, ready.preprocessing, short_side=short_side)
+        image = pil_to_tensor(decode(path, ready.preprocessing.channels))
+        batch = as_input(image, ready.preprocessing, short_side)
         size = (image.shape[-2], image.shape[-1])
         mask = inference(model, batch.to(device), size).argmax(1)[0].to("cpu", torch.uint8)
         prediction: Tensor | str = mask
@@ -129,11 +135,9 @@ class _Files:
         above = os.path.commonpath([Path(path).absolute().parent for path in paths])
         self.names = [Path(path).absolute().relative_to(above).as_posix() for path in paths]
         stems = [Path(name).with_suffix("") for name in self.names]
-        twice = {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else set()
+        times = Counter(stems)
         # "a.jpg" and "a.png" become "a.jpg.png" and "a.png.png".
-        self.pictures = [
-            f"{name if stem in twice else stem}.png" for name, stem in zip(self.names, stems, strict=True)
-        ]
+        self.pictures = [f"{n if times[stem] > 1 else stem}.png" for n, stem in zip(self.names, stems, strict=True)]
         if ready.kind == "segment":
             self.shown, self.background = self.classes, background_of(self.classes)
         else:
@@ -144,7 +148,7 @@ class _Files:
         """Write class indices (H, W) as a palette PNG, and return its path."""
         from PIL import Image
 
-        picture = Image.fromarray(mask.numpy(), mode="P") if False else Image.fromarray(mask.numpy()).convert("P")
+        picture = Image.fromarray(mask.numpy())
         colours = class_colours(len(self.classes), self.background)
         picture.putpalette([value for colour in colours for value in colour or (0, 0, 0)])
         return self._save(picture, f"masks/{self.pictures[index]}")

@@ -91,10 +91,10 @@ class Records:
         else:
             assert header is not None
             assert differs is not None
-            header = json.loads(json.dumps({"format": _FORMAT, **header}))
+            said: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, **header}))
             if not folder.exists() or not any(folder.iterdir()):
-                _create(folder, header, self.estimate, len(lengths))
-            _require_same(folder, header, differs)
+                _create(folder, said, self.estimate, len(lengths))
+            _require_same(folder, said, differs)
             self._bytes = np.memmap(folder / _FEATURES, np.uint8, "r+")
             self._sums = np.memmap(folder / _WRITTEN, np.uint32, "r+")
             if (self._bytes.size, self._sums.size) != (self.estimate.total, len(lengths)):
@@ -135,7 +135,7 @@ class Records:
 
     def _sum(self, number: int) -> int:
         size = self._values.element_size()
-        return zlib.crc32(memoryview(self._bytes)[self._starts[number] * size : self._starts[number + 1] * size]) or 1
+        return zlib.crc32(self._bytes[self._starts[number] * size : self._starts[number + 1] * size].data) or 1
 
 
 def _create(folder: Path, header: dict[str, Any], needed: Estimate, count: int) -> None:

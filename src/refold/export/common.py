@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refold.attachment import attached_part
 from refold.errors import RefoldError
 from refold.inspection import description
 from refold.preprocessing import Preprocessing
@@ -147,8 +148,9 @@ def run(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
         output = model(images)
     if not isinstance(output, Tensor):
-        reason = f"the model returns {type(output).__name__}, not one tensor"
-        raise RefoldError(reason, where="export", remedy="Export a model whose forward returns one tensor")
+        reason = f"the model returns a {type(output).__name__}, not one tensor"
+        remedy = "Export a model whose forward returns one tensor, or the weights (export_weights)"
+        raise RefoldError(reason, where="export", remedy=remedy)
     return output
 
 
@@ -157,7 +159,8 @@ def facts(model: nn.Module, preprocessing: Preprocessing | None) -> dict[str, st
 
     Only what is known: from the argument, and from :func:`refold.describe`.
     """
-    known: dict[str, Any] = {} if state_of(model) is None else description(model)
+    backbone = model.get_submodule(attached_part(model))
+    known: dict[str, Any] = {} if state_of(backbone) is None else description(backbone)
     if preprocessing is not None:
         known["preprocessing"] = preprocessing
     keys = ("preprocessing", "classes", "backbone", "task")

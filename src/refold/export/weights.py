@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refold.attachment import is_attached
+from refold.attachment import attached_part, is_attached
 from refold.backbones.files import atomic_path
 from refold.errors import MergeError, RefoldError
 from refold.export.common import Exported, facts
@@ -45,11 +45,11 @@ def export_weights(
     """
     from safetensors.torch import load_file, save_file
 
-    if is_attached(model):
+    if is_attached(model.get_submodule(attached_part(model))):
         raise MergeError(
             "adapters are attached and not merged: plain weights would leave them out",
             where=type(model).__name__,
-            remedy="Call refold.merge(model) before",
+            remedy="Merge them before (refold.merge)",
         )
     target = Path(path)
     # Clones, because tensors that share memory (tied weights, views) are refused by the format.

@@ -39,7 +39,7 @@ from refold.errors import SiteError
 from refold.junctions import between_stages, continuing, read_out
 from refold.methods.base import Method, Plan, is_count, require
 from refold.methods.weight import check_usual
-from refold.places import block_site, blocks, branch_sites
+from refold.places import block_site, blocks, branch_sites, spatial
 from refold.sites import Site, Skipped
 from refold.survey import Survey
 
@@ -89,7 +89,7 @@ class E3VA(Method):
             require(self, name, isinstance(getattr(self, name), bool), "True or False")
 
     def plan(self, survey: Survey) -> Plan:
-        row = blocks(survey)
+        row = spatial(survey, blocks(survey))
         ends = read_out(survey, row)
         row = row[: row.index(ends[-1]) + 1]
         found, skipped = branch_sites(survey, self.sites, ("attention", "mlp"), _TAPS[self.tap])

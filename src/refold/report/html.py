@@ -24,19 +24,8 @@ __all__ = ["render", "write_report"]
 MAX_THUMBNAILS = 24  # of right and of wrong predictions each
 THUMBNAIL_SIDE = 192  # pixels
 MAX_CONFUSION = 30  # classes beyond which the confusion matrix is a picture and a list of mistakes only
-LEADING = (
-    "accuracy",
-    "map",
-    "mae",
-    "rmse",
-    "auroc",
-    "f1",
-    "r2",
-    "miou",
-    "pixel_accuracy",
-    "ap",
-    "ap50",
-)  # the metrics worth a tile, in this order
+# the metrics worth a tile, in this order
+LEADING = ("accuracy", "map", "mae", "rmse", "auroc", "f1", "r2", "miou", "pixel_accuracy", "ap", "ap50")
 TASKS = {
     "classify": "classification",
     "multilabel": "multi-label",

@@ -141,7 +141,8 @@ def contact_sheet(
                     occurring |= _present(labels, threshold, background)
                 axes.imshow(picture.permute(1, 2, 0).numpy())
                 if row == 0 and len(panels) > 1:
-                    scored = panel == "prediction" and "scores" in predictions[k]
+                    labels = given[panel][k] if panel in given else {}
+                    scored = not isinstance(labels, Tensor) and "scores" in labels
                     axes.set_title(f"{panel}, score ≥ {threshold:.2f}" if scored else panel, loc="left")
         _legend(figure, [k for k in sorted(occurring) if k < len(classes)], classes, background)
         return figure

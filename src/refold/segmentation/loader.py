@@ -29,7 +29,7 @@ from refold.preprocessing import Preprocessing
 from refold.segmentation.data import MaskSet
 from refold.segmentation.labels import IGNORE
 
-__all__ = ["AUGMENTATIONS", "MaskLoader", "evaluation_pairs"]
+__all__ = ["AUGMENTATIONS", "MaskLoader", "as_input", "evaluation_pairs"]
 
 #: Names that :class:`MaskLoader` takes.
 AUGMENTATIONS = ("none", "flip", "standard")
@@ -148,21 +148,27 @@ def evaluation_pairs(
     Raises:
         DataError: a negative side, or what :meth:`MaskSet.read` raises.
     """
+    for k in range(rank, len(mask_set), world):
+        image, mask = mask_set.read(k, preprocessing.channels)
+        yield as_input(image, preprocessing, short_side), mask[None].long()
+
+
+def as_input(image: Tensor, preprocessing: Preprocessing, short_side: int | None = None) -> Tensor:
+    """An image (C, H, W) uint8, seen whole, as the model's input (1, C, h, w); see :func:`evaluation_pairs`.
+
+    Raises:
+        DataError: a negative side.
+    """
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 
     side = min(preprocessing.size) if short_side is None else short_side
     if side < 0:
         raise DataError(f"must be 0 or more, not {side}", where="short_side")
-    normalise = _Normalise(preprocessing)
-    mode = InterpolationMode(preprocessing.interpolation)
-    for k in range(rank, len(mask_set), world):
-        with one_torch_thread():
-            image, mask = mask_set.read(k, preprocessing.channels)
-            if side:
-                image = functional.resize(image, [side], mode, antialias=True)
-            batch = normalise(image[None])
-        yield batch, mask[None].long()
+    with one_torch_thread():
+        if side:
+            image = functional.resize(image, [side], InterpolationMode(preprocessing.interpolation), antialias=True)
+        return _Normalise(preprocessing)(image[None])
 
 
 class _Normalise:

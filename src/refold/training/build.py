@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 import refold
+from refold.attachment import attached_part
 from refold.errors import DataError
 from refold.inspection import description
 from refold.preprocessing import Preprocessing
 from refold.state import state_of
 from refold.store import read_header
-from refold.training.config import TrainConfig
+from refold.training.config import DENSE_TASKS, TrainConfig
 from refold.training.tasks import Task, plain_task
 
 __all__ = ["Ready", "build_attached", "build_backbone", "resolve"]
@@ -27,14 +28,35 @@ class Ready:
     Attributes:
         model: in eval mode.
         preprocessing: how images become its input.
-        task: what its outputs mean.
+        kind: the name of its task: what :attr:`Task.kind` says, or one of the dense tasks.
+        classes: names in the order of its outputs, of detection from label 1 on; None for a regression.
         config: of the run it comes from, None for files and models.
     """
 
     model: nn.Module
     preprocessing: Preprocessing
-    task: Task
+    kind: str
+    classes: list[str] | None
     config: TrainConfig | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the outputs of a model of whole images mean.
+
+        Raises:
+            DataError: the model is of a dense task.
+        """
+        return plain_task(self.kind, self.classes)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the task is segmentation or detection."""
+        return self.kind in DENSE_TASKS
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The module that adapters are attached to: the model itself, or a part of a dense one."""
+        return self.model.get_submodule(attached_part(self.model))
 
 
 def build_backbone(config: TrainConfig, outputs: int) -> tuple[nn.Module, str, Preprocessing]:
@@ -104,7 +126,7 @@ def resolve(source: nn.Module | str | Path, *, weights: str | Path | None = None
     config, where = None, str(source)
     if isinstance(source, nn.Module):
         model, where = source, type(source).__name__
-        if state_of(model) is None:
+        if state_of(model.get_submodule(attached_part(model))) is None:
             raise DataError(
                 "has no adapter, so nothing tells its classes and preprocessing",
                 where=where,
@@ -116,10 +138,10 @@ def resolve(source: nn.Module | str | Path, *, weights: str | Path | None = None
             model = refold.from_pretrained(file, weights=weights or config.weights, force=force)
         else:
             classes = read_header(file).classes
-            model = refold.load(build_backbone(config, len(classes) if classes else 1)[0], file, force=force)
+            model = refold.load(_random(config, list(classes or ())), file, force=force)
     else:
         model = refold.from_pretrained(source, weights=weights, force=force)
-    info = description(model)
+    info = description(model.get_submodule(attached_part(model)))
     for name in ("preprocessing", "task"):
         if name not in info:
             raise DataError(
@@ -127,4 +149,18 @@ def resolve(source: nn.Module | str | Path, *, weights: str | Path | None = None
                 where=where,
                 remedy=f"Tell it with refold.describe(model, {name}=...) and save it again",
             )
-    return Ready(model.eval(), info["preprocessing"], plain_task(info["task"], info.get("classes")), config)
+    ready = Ready(model.eval(), info["preprocessing"], info["task"], info.get("classes"), config)
+    if not ready.dense:
+        plain_task(ready.kind, ready.classes)  # complains about what is no task
+    return ready
+
+
+def _random(config: TrainConfig, classes: list[str]) -> nn.Module:
+    """The model of a run on random weights, without its adapter."""
+    if config.task is None:
+        return build_backbone(config, len(classes) or 1)[0]
+    from refold.dense.job import build_plain
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return build_plain(config, classes)[0]

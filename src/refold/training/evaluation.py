@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from refold.data import ImageSet, Splits
+    from refold.dense.job import Scored
+    from refold.segmentation import Inference
 
-__all__ = ["Evaluation", "evaluate", "load_splits", "prediction_rows", "score"]
+__all__ = ["Evaluation", "evaluate", "load_splits", "prediction_rows", "refuse_others", "score"]
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,11 @@ def evaluate(
     skip_bad_images: bool = False,
     weights: str | Path | None = None,
     force: bool = False,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int = 0,
-) -> Evaluation:
+    inference: Inference | None = None,
+    short_side: int | None = None,
+) -> Evaluation | Scored:
     """Score a trained model on a split of a data set, in float32.
 
     Args:
@@ -77,11 +81,18 @@ def evaluate(
         train, val, test, target: as in :class:`TrainConfig`.
         skip_bad_images: leave out files that cannot be decoded instead of stopping.
         weights, force: as for :func:`resolve`.
-        batch_size: images of a forward pass.
+        batch_size: images of a forward pass; None is 64. Dense tasks take images one by one.
         workers: processes that decode.
+        inference: of segmentation: windows, scales and flips; None is the whole image at once.
+        short_side: of segmentation: pixels that an image's shorter side is resized to; None is that of the model's
+            input, 0 leaves the image's own size. Predictions are compared at the size of the mask.
+
+    Returns:
+        of a dense task :class:`refold.dense.job.Scored`, which has ``metrics`` and ``details`` as well.
 
     Raises:
-        DataError: no such split, other classes than the model's, or another kind of target.
+        DataError: no such split, other classes than the model's, another kind of target, or an argument that is not
+            for the model's task.
         StoreError, BackboneError: the model cannot be loaded.
     """
     from refold import data as datasets
@@ -89,6 +100,13 @@ def evaluate(
     if split not in ("train", "val", "test"):
         raise DataError(f"must be train, val or test, not {split!r}", where="split")
     ready = resolve(source, weights=weights, force=force)
+    if ready.dense:
+        from refold.dense.evaluating import evaluate_dense
+
+        given = {"train": train, "val": val, "test": test, "target": target, "batch_size": batch_size}
+        refuse_others(ready.kind, given | {"skip_bad_images": skip_bad_images or None})
+        return evaluate_dense(ready, data, split, inference=inference, short_side=short_side, workers=workers)
+    refuse_others(ready.kind, {"inference": inference, "short_side": short_side})
     if data is not None:
         splits = datasets.load_dataset(
             data, train=train, val=val, test=test, target=target, fractions=(1.0, 0.0, 0.0),
@@ -112,9 +130,16 @@ def evaluate(
         ready.preprocessing,
         ready.task,
         accelerator=accelerator,
-        batch_size=batch_size,
+        batch_size=batch_size or 64,
         workers=workers,
     )
+
+
+def refuse_others(kind: str, given: dict[str, Any]) -> None:
+    """Raise :class:`DataError` for the first argument that is given and means nothing for this kind of task."""
+    for name, value in given.items():
+        if value is not None:
+            raise DataError(f"is not for task {kind!r}", where=name, remedy="Leave it out")
 
 
 def load_splits(config: TrainConfig) -> Splits:
