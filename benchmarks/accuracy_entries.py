@@ -6,11 +6,11 @@ below say what differs: a name in them that no method has is ignored (``accuracy
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import common
 import refold
 from refold.methods import method_from_json
 
@@ -67,7 +67,7 @@ class Entry:
     def slug(self) -> str:
         """Its part of file names."""
         words = self.label if self.backbone == VIT else f"{self.backbone.rpartition('/')[2]} {self.label}"
-        return re.sub(r"[^\w.+]+", "-", words).strip("-")
+        return common.slug(words)
 
     def build(self, point: Point | None = None) -> refold.Method:
         changes = dict(point.changes) if point else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -62,6 +63,11 @@ def claim(folder: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def slug(text: str) -> str:
+    """Its part of a file's name."""
+    return re.sub(r"[^\w.+]+", "-", text).strip("-")
 
 
 def write(name: str, rows: Iterable[dict[str, Any]], **facts: Any) -> Path:

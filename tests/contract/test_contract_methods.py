@@ -46,6 +46,8 @@ METHODS = {
     "LST": refold.LST(reduction=2),
     "E3VA": refold.E3VA(rank=4),
     "ProTuning": refold.ProTuning(hidden=4),
+    "SPM": refold.SPM(hidden=4, classes=5),
+    "LVAdapter": refold.LVAdapter(hidden=4, prompts=3, text_width=6),
     "BitFit": refold.BitFit(),
     "LayerNormTune": refold.LayerNormTune(),
     "Partial": refold.Partial(),
@@ -70,6 +72,8 @@ REFUSED: dict[str, dict[str, str]] = {
     "E3VA": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks")
     | {"resnet": "no module alone turns the features"},
     "ProTuning": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
+    "SPM": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
+    "LVAdapter": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
     "Partial": dict.fromkeys(("efficientnet", "byobnet"), "the forward has no residual blocks"),
 }
 #: The methods whose published start is noise around the backbone.

@@ -128,6 +128,8 @@ METHODS = {
         "sites": None,
     },
     "ProTuning": {"hidden": 64, "activation": "gelu", "sites": None},
+    "SPM": {"hidden": 64, "classes": 32, "steps": 2, "sites": None},
+    "LVAdapter": {"hidden": 64, "prompts": 16, "text_width": 512, "sites": None},
     "BitFit": {},
     "LayerNormTune": {},
     "Partial": {"blocks": 1},

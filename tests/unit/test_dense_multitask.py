@@ -118,7 +118,9 @@ def test_each_task_learns_what_it_learns_alone_from_the_same_batches(folder: Pat
             loaders[task].set_epoch(epoch)
             for images, truth in loaders[task]:
                 optimizer.zero_grad()
-                loss = segmentation_loss(own(images), truth) if task == "stuff" else sum(own(images, truth).values())
+                loss: Any = (
+                    segmentation_loss(own(images), truth) if task == "stuff" else sum(own(images, truth).values())
+                )
                 loss.backward()
                 optimizer.step()
         together = dict(model.models[task].named_parameters())
@@ -153,17 +155,19 @@ def test_switching_is_refolds_own_and_keeps_what_the_other_task_has_learnt(name:
         mine = {n: p for n, p in model.named_parameters() if f".refold.{task}" in n}
         others = {n: p for n, p in model.named_parameters() if ".refold." in n and n not in mine}
         before = {n: p.detach().clone() for n, p in others.items()}
-        averages = {n: optimizer.state[p]["exp_avg"].clone() for n, p in others.items() if step > 1}
+        averages = {n: optimizer.state[p]["exp_avg"].clone() for n, p in others.items() if p in optimizer.state}
+        loss: Any
         if task == "stuff":
             loss = segmentation_loss(model("stuff", images), torch.randint(0, 3, (2, SIDE, SIDE)))
         else:
             loss = sum(model("cars", list(images.sigmoid()), targets).values())
         loss.backward()
         assert not [n for n, p in others.items() if p.grad is not None]
-        assert all(p.grad is not None for p in mine.values())
+        assert any(p.grad is not None for p in mine.values())  # maps that the head does not read teach nothing
         held[task] = {n: p.detach().clone() for n, p in mine.items()}
         optimizer.step()
         optimizer.zero_grad()
+        assert len(averages) > 4 or not step
         assert all(torch.equal(p, before[n]) for n, p in others.items())
         assert all(torch.equal(optimizer.state[others[n]]["exp_avg"], value) for n, value in averages.items())
         assert any(not torch.equal(p, held[task][n]) for n, p in mine.items())

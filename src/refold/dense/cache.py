@@ -73,7 +73,7 @@ class CachedEncoder:
     caller's part. What draws in the backbone in training mode (DropPath, dropout) is off, as in evaluation.
 
     Args:
-        encoder: its body is frozen, and carries E3VA or nothing; on the device, and in the precision, of the training.
+        encoder: its body is frozen, and carries E3VA or nothing. On the device of the training, and under its autocast.
         images: what tells each image apart, see :func:`identify`.
         sizes: (height, width) of each as the encoder sees it: resized, augmented and padded. All views have it.
         views: of each image.
@@ -125,6 +125,7 @@ class CachedEncoder:
             }
             self._records = Records(lengths, dtype, self.folder, header, partial(_difference, _tensors(encoder.body)))
         self.estimate = self._records.estimate
+        self._marks: list[tuple[int, int]] | None = None  # of the frozen weights, at the first forward
 
     @contextmanager
     def serving(self, keys: Sequence[Key], *, blank: bool = False) -> Iterator[None]:
@@ -178,6 +179,15 @@ class CachedEncoder:
                     where=_name(key),
                     remedy="Give every image the size that was announced: what a batch pads it to changes its features",
                 )
+        marks = [(p.data_ptr(), p._version) for p in self.encoder.body.parameters() if not p.requires_grad]
+        if self._marks is None:
+            self._marks = marks
+        if marks != self._marks:
+            raise DataError(
+                "the backbone was changed, or moved, since its features were computed",
+                where="features",
+                remedy="Make the cache anew",
+            )
         if compute_dtype(self.encoder.body) != self._compute:
             raise DataError(
                 f"are computed in {self._compute}, not in {compute_dtype(self.encoder.body)}",

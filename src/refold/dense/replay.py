@@ -11,8 +11,9 @@ As in evaluation: what draws in a backbone in training mode (DropPath, dropout) 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -30,7 +31,7 @@ from refold.errors import SiteError
 from refold.hosting import hosted
 from refold.probe import example_input, tensors_of
 from refold.sides import Wire
-from refold.state import state_of
+from refold.state import is_compiled_wrapper, state_of
 from refold.training.inference import in_evaluation
 
 __all__ = ["Replay", "Tap", "compute_dtype"]
@@ -174,7 +175,9 @@ class Replay:
         """The maps, in evaluation mode; ``note`` is told of every adapter what it was given."""
         handles = [wire.adapter.register_forward_pre_hook(partial(_tell, partial(note, wire))) for wire in self._wires]
         try:
-            with torch.no_grad(), in_evaluation(self.encoder), self.encoder.fed(None):
+            # Compiled code does not see hooks that are added later.
+            eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+            with torch.no_grad(), in_evaluation(self.encoder), self.encoder.fed(None), eager:
                 return self.encoder(images)
         finally:
             for handle in handles:
@@ -228,7 +231,7 @@ class Replay:
         if key not in self._programs:
             try:
                 self._programs[key] = self._prove(size)
-            except (RuntimeError, ValueError, IndexError) as error:
+            except (AssertionError, RuntimeError, ValueError) as error:
                 raise SiteError(
                     f"its features of {size[0]}x{size[1]} images cannot be replayed: {type(error).__name__}: {error}",
                     where=type(self.encoder.body).__name__,
@@ -286,6 +289,8 @@ def compute_dtype(body: nn.Module) -> torch.dtype:
 
 def _reading(body: nn.Module) -> list[Wire]:
     """The wires of the adapters in use, of which each only reads the backbone."""
+    if is_compiled_wrapper(body):
+        raise SiteError("it is a compiled wrapper", where="body", remedy="Compile after caching, or not at all")
     state, wires = state_of(body), []
     for path, slot in hosted(body).items():
         for adapter, site in slot.current():

@@ -27,6 +27,8 @@ from refold.methods.st_adapter import STAdapter as STAdapter
 from refold.methods.vpt import VPT as VPT
 from refold.methods.conv_adapter import ConvAdapter as ConvAdapter
 from refold.methods.pro_tuning import ProTuning as ProTuning
+from refold.methods.spm import SPM as SPM
+from refold.methods.lv_adapter import LVAdapter as LVAdapter
 from refold.methods.inplace import BitFit as BitFit
 from refold.methods.inplace import LayerNormTune as LayerNormTune
 from refold.methods.inplace import Partial as Partial
