@@ -289,8 +289,9 @@ def test_predicted_masks_are_palette_images_of_the_models_classes(
         with Image.open(tmp_path / "out" / "masks" / f"{name}.png") as mask:
             assert (mask.mode, mask.size) == ("P", (100, 70))
             assert np.array_equal(np.asarray(mask), row["prediction"].numpy())
-            assert mask.getpalette()[:3] == [0, 0, 0]  # the background
-        assert Image.open(tmp_path / "out" / "overlays" / f"{name}.png").size[0] >= 480
+            assert (mask.getpalette() or [1])[:6] == [0, 0, 0, 0xE6, 0x19, 0x4B]  # the background, the first class
+        with Image.open(tmp_path / "out" / "overlays" / f"{name}.png") as overlay:
+            assert overlay.size == (700, 490)  # enlarged sevenfold
     assert (tmp_path / "out" / "classes.txt").read_text().split() == ["background", "disc", "square", "triangle"]
     with pytest.raises(DataError, match="not empty"):
         refold.predict(segmented.output, tmp_path / "photos", output=tmp_path / "out")
@@ -373,8 +374,8 @@ def nothing(folder: Path) -> None:
 BAD = {
     "size": ("segment", smaller_mask, {}, r"train_001\.png: the mask is 64x32 pixels, its image 64x64"),
     "label": ("segment", label_beyond_the_classes, {}, r"val_000\.png: 1 pixels have the label 9, beyond the 4"),
-    "missing image": ("instance", missing_image, {}, r"train_002\.png"),
-    "no annotations": ("detect", no_annotations, {}, "no object|no annotation|zero"),
+    "missing image": ("instance", missing_image, {}, r"there is no image '.*train_002\.png"),
+    "no annotations": ("detect", no_annotations, {}, r"instances_train\.json: has no annotations"),
     "stages": ("segment", nothing, {"model": "timm/levit_128s", "decoder": "fpn"}, "levit_128s: has maps of strides"),
     "one stride": ("segment", nothing, {"decoder": "setr_pup"}, "setr_pup: needs maps of one stride"),
     "decoder": ("detect", nothing, {"decoder": "upernet"}, "decoder: 'upernet' is not for detect"),
@@ -383,7 +384,12 @@ BAD = {
     "drop path": ("detect", nothing, {"drop_path": 0.3}, "drop_path: is not for task"),
     "augment": ("segment", nothing, {"augment": "lsj"}, "augment: unknown augmentation 'lsj'. Known: none, flip"),
     "select": ("detect", nothing, {"select": "accuracy"}, "select: 'accuracy' is no metric here. Known: ap"),
-    "package": ("segment", nothing, {"data": "packaged/moon"}, "packaged/moon: no such packaged data set"),
+    "package": (
+        "segment",
+        nothing,
+        {"data": "packaged/moon"},
+        "packaged/moon: no such packaged data set. Known: shapes, ",
+    ),
 }
 
 

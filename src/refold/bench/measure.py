@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from refold.bench.environment import environment
 from refold.errors import RefoldError
@@ -246,26 +247,24 @@ def stored_bytes(step: Callable[[], object], model: nn.Module) -> StoredBytes:
     Function, inputs of ``torch.utils.checkpoint``) are not seen.
 
     Args:
-        step: one forward pass, usually up to the loss; its graph is dropped afterwards.
+        step: one forward pass, usually up to the loss; no backward pass, for nothing is kept.
         model: its parameters and buffers are told apart from activations.
     """
     own = {_storage_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
+    seen: dict[tuple[torch.device, int], StorageWeakRef] = {}
+    sizes: dict[bool, list[int]] = {True: [], False: []}  # the model's own, and activations
 
     def pack(tensor: Tensor) -> Tensor:
-        # Holding the storage keeps its address from being given to a later tensor of the same step.
-        saved[_storage_key(tensor)] = tensor.untyped_storage()
-        return tensor
+        key, storage = _storage_key(tensor), tensor.untyped_storage()
+        known = seen.get(key)
+        if storage.nbytes() and (known is None or known.expired()):  # expired: the address belongs to another now
+            seen[key] = StorageWeakRef(storage)
+            sizes[key in own].append(storage.nbytes())
+        return torch.empty(0)  # nothing is kept: what a step would store may be more than there is
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
-    sizes = {key: storage.nbytes() for key, storage in saved.items() if storage.nbytes()}
-    activations = [size for key, size in sizes.items() if key not in own]
-    return StoredBytes(
-        activations=sum(activations),
-        parameters=sum(size for key, size in sizes.items() if key in own),
-        tensors=len(activations),
-    )
+    return StoredBytes(activations=sum(sizes[False]), parameters=sum(sizes[True]), tensors=len(sizes[False]))
 
 
 def _storage_key(tensor: Tensor) -> tuple[torch.device, int]:

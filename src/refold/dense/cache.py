@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from refold.dense.encoder import Encoder
 from refold.dense.records import Estimate, Records
-from refold.dense.replay import Replay, compute_dtype
+from refold.dense.replay import Replay, precision_of
 from refold.errors import DataError
 from refold.fingerprint import body_tensors, compare, fingerprint
 from refold.hosting import adapter_parameters, hosted
@@ -106,7 +106,7 @@ class CachedEncoder:
             raise DataError(f"{len(images)} images have {len(sizes)} sizes", where="sizes")
         self.encoder, self._views = encoder, views
         self._sizes = [(int(height), int(width)) for height, width in sizes]
-        self._replay, self._compute = Replay(encoder), compute_dtype(encoder.body)
+        self._replay, self._precision = Replay(encoder), precision_of(encoder.body)
         lengths = _lengths(self._replay, self._sizes, views)
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
@@ -115,7 +115,7 @@ class CachedEncoder:
             header = {
                 "backbone": _backbone(encoder.body),
                 "forward": _samples(self._replay, self._sizes[0]),
-                "compute": str(self._compute),
+                "precision": self._precision,
                 "reads": self._replay.reads,
                 "pixels": dict(pixels or {}),
                 "dtype": dtype,
@@ -125,7 +125,8 @@ class CachedEncoder:
             }
             self._records = Records(lengths, dtype, self.folder, header, partial(_difference, _tensors(encoder.body)))
         self.estimate = self._records.estimate
-        self._marks: list[tuple[int, int]] | None = None  # of the frozen weights, at the first forward
+        self._frozen = [p for p in encoder.body.parameters() if not p.requires_grad]
+        self._marks: list[tuple[int, int]] | None = None  # of those, at the first forward
 
     @contextmanager
     def serving(self, keys: Sequence[Key], *, blank: bool = False) -> Iterator[None]:
@@ -179,7 +180,7 @@ class CachedEncoder:
                     where=_name(key),
                     remedy="Give every image the size that was announced: what a batch pads it to changes its features",
                 )
-        marks = [(p.data_ptr(), p._version) for p in self.encoder.body.parameters() if not p.requires_grad]
+        marks = [(p.data_ptr(), p._version) for p in self._frozen]
         if self._marks is None:
             self._marks = marks
         if marks != self._marks:
@@ -188,9 +189,9 @@ class CachedEncoder:
                 where="features",
                 remedy="Make the cache anew",
             )
-        if compute_dtype(self.encoder.body) != self._compute:
+        if precision_of(self.encoder.body) != self._precision:
             raise DataError(
-                f"are computed in {self._compute}, not in {compute_dtype(self.encoder.body)}",
+                f"were computed in {self._precision}, not in {precision_of(self.encoder.body)}",
                 where="features",
                 remedy="Use one precision, or make the cache anew",
             )
@@ -251,7 +252,7 @@ def _difference(tensors: dict[str, Tensor], found: dict[str, Any], header: dict[
     if found["backbone"] != header["backbone"]:
         named = compare(found["backbone"], tensors)
         return f"the backbone, {named or 'whose weights differ a little'}"
-    for name in ("compute", "reads", "dtype", "views"):
+    for name in ("precision", "reads", "dtype", "views"):
         if found[name] != header[name]:
             return f"{name} {found[name]}, not {header[name]}"
     for name in sorted({*found["pixels"], *header["pixels"]}):

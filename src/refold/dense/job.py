@@ -17,7 +17,7 @@ from refold.bench.measure import count_parameters, peak_memory
 from refold.data.coco_files import BACKGROUND
 from refold.dense.building import attach_to, build, default_decoder
 from refold.dense.encoder import LoadedEncoder, load_encoder
-from refold.dense.packaged import packaged
+from refold.dense.packaged import PACKAGED, packaged
 from refold.dense.shapes import shapes
 from refold.detection import BoxSet, BoxSplits, load_boxes
 from refold.detection.problem import DetectionProblem, detect, metrics_of
@@ -159,6 +159,9 @@ def load_labelled(
     source, name = Path(data), str(data).removeprefix("packaged/")
     if name != str(data):
         cache = cache_dir() / "data"
+        known = ("shapes", *PACKAGED)
+        if name not in known:
+            raise DataError("no such packaged data set", where=str(data), remedy=f"Known: {', '.join(known)}")
         source = (shapes(cache) if name == "shapes" else packaged(name, cache)).root
     if task == "segment":
         return load_masks(source, fractions=fractions, seed=seed)

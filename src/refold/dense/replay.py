@@ -34,7 +34,7 @@ from refold.sides import Wire
 from refold.state import is_compiled_wrapper, state_of
 from refold.training.inference import in_evaluation
 
-__all__ = ["Replay", "Tap", "compute_dtype"]
+__all__ = ["Replay", "Tap", "precision_of"]
 
 _NOISE = 0.1  # standard deviation of what proofs add to the adapters, of which some start as nothing
 _ROUNDINGS = 8  # times the machine's precision: a replay does the same operations
@@ -129,7 +129,7 @@ class Replay:
         self._wires = _reading(encoder.body)
         self._state = state_of(encoder.body)
         self._active = None if self._state is None else self._state.active
-        self._programs: dict[tuple[tuple[int, int], torch.dtype], _Program] = {}
+        self._programs: dict[tuple[tuple[int, int], str], _Program] = {}
         self.reads: list[list[Any]] = [[wire.site.path, wire.site.slot] for wire in self._wires if _looks(wire)]
         if not self._wires:
             self.reads = [["maps", *pair] for pair in zip(encoder.channels, encoder.strides, strict=True)]
@@ -227,7 +227,7 @@ class Replay:
                 where=type(self.encoder.body).__name__,
                 remedy="Make the cache anew, once the adapter that trains is attached and active",
             )
-        key = size, compute_dtype(self.encoder.body)
+        key = size, precision_of(self.encoder.body)
         if key not in self._programs:
             try:
                 self._programs[key] = self._prove(size)
@@ -280,11 +280,13 @@ class _Both(nn.Module):
         return self._run()
 
 
-def compute_dtype(body: nn.Module) -> torch.dtype:
-    """What the backbone computes in: autocast's dtype, or that of its parameters."""
+def precision_of(body: nn.Module) -> str:
+    """What the backbone computes in now: autocast's dtype, or that of its parameters."""
     parameter = next(p for p in body.parameters() if p.is_floating_point())
     kind = parameter.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    if torch.is_autocast_enabled(kind):
+        return f"autocast to {torch.get_autocast_dtype(kind)}"
+    return str(parameter.dtype)
 
 
 def _reading(body: nn.Module) -> list[Wire]:

@@ -12,8 +12,8 @@ all stages and learned from where they start; and the start (U and b zero), whic
 adapter's: :mod:`refold.segmentation.pixel_text` has one. Several tasks with an adapter each, or one for all, are
 trained by :mod:`refold.dense.multitask`.
 
-A stage has 2 d h + d + h + 2 h C parameters, and all share K C. With the defaults 776,576 on ResNet-50, 528,896 on
-Swin-B and ConvNeXt-B, 675,072 on ViT-B/16. It does not fold: it has activations.
+A stage has 2 d h + d + h + 2 h C parameters, and all share K C. With the defaults 765,952 on ResNet-50, 518,272 on
+Swin-B and ConvNeXt-B, 666,880 on ViT-B/16. It does not fold: it has activations.
 
 Layouts: tokens, (B, H, W, C) and (B, C, H, W).
 """

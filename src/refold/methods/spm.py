@@ -6,13 +6,13 @@
 From the abstracts: the backbone, a CNN or a transformer, is frozen and cut into stages; between them a light matcher
 learns prompts progressively, by a recurrent mechanism, guided by interim semantic maps, and turns what a stage gives
 into what suits the next one. Chosen here: that the recurrence is within a matcher, T steps with shared parameters;
-the bottleneck of h channels; s, the interim map of ``classes`` classes at each position; that what a position's classes
-bring (E s) is added before a depthwise 3 x 3 filter F; and the start (U and b zero), which is the backbone. The maps are
+the bottleneck of h channels; s, the interim map of K classes at each position; that what a position's classes bring
+(E s) is added before a depthwise 3 x 3 filter F; and the start (U and b zero), which is the backbone. The maps are
 taught by the task's loss alone, not by labels of their own, so that their classes need not be the task's. Four equal
 parts are the stages of a backbone of one shape throughout (ViT). Class and register tokens pass the filters alone.
 
-stages - 1 times 2 d h + d + 2 h K + K + 11 h parameters: 247,776 on ResNet-50, 126,048 on Swin-B and ConvNeXt-B,
-305,760 on ViT-B/16. It does not fold: it has activations and mixes positions.
+A place has 2 d h + d + 2 h K + K + 11 h parameters: 245,664 in all on ResNet-50, 130,080 on Swin-B and ConvNeXt-B,
+311,712 on ViT-B/16. It does not fold: it has activations and mixes positions.
 
 Layouts: tokens, (B, H, W, C) and (B, C, H, W).
 """
