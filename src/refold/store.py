@@ -314,10 +314,11 @@ def _require_same(stored: dict[str, tuple[int, ...]], around: dict[str, Tensor],
 
 
 def _around(model: nn.Module, part: str) -> dict[str, Tensor]:
-    """State-dict name -> tensor of all of a dense model but its backbone."""
+    """State-dict name -> tensor of all of a dense model but its backbone, whatever paths lead to that."""
     if not part:
         return {}
-    return {key: t for key, t in model.state_dict(keep_vars=True).items() if not key.startswith(f"{part}.")}
+    backbone = {id(tensor) for tensor in model.get_submodule(part).state_dict(keep_vars=True).values()}
+    return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in backbone}
 
 
 def _classifiers(model: nn.Module, head: tuple[str, ...]) -> dict[str, str]:

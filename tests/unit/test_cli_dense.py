@@ -157,7 +157,7 @@ TRAIN = ("train", "data", "--model", "timm/test_convnext", "--random-weights", "
         (("predict", "seg", "data/images/test", "-o", "new", "--threshold", "0.1"), "threshold: is not for task"),
         (("export", "det", "-o", "det.onnx"), "a detector takes a list of images"),
         (("export", "side", "-o", "w.safetensors", "--format", "weights"), "stay beside the backbone"),
-        (("merge", "side"), "side"),
+        (("merge", "side"), "E3VA() does not fold into a backbone's weights"),
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(place: Path, arguments: tuple[str, ...], says: str) -> None:

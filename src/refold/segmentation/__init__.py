@@ -11,6 +11,7 @@ from refold.segmentation.loader import AUGMENTATIONS, MaskLoader, evaluation_pai
 from refold.segmentation.losses import segmentation_loss
 from refold.segmentation.metrics import PixelConfusion
 from refold.segmentation.models import Segmenter
+from refold.segmentation.pixel_text import PixelText, embed_classes
 
 __all__ = [
     "AUGMENTATIONS",
@@ -23,7 +24,9 @@ __all__ = [
     "MaskSet",
     "MaskSplits",
     "PixelConfusion",
+    "PixelText",
     "Segmenter",
+    "embed_classes",
     "evaluate",
     "evaluation_pairs",
     "load_masks",

@@ -85,7 +85,7 @@ class _Pyramid(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         levels = self.neck(maps)
         finest = levels[0]
-        image = finest.new_empty((len(finest), 0, *(PYRAMID[0] * side for side in finest.shape[-2:])))
+        image = finest.new_empty((finest.shape[0], 0, *(PYRAMID[0] * side for side in finest.shape[-2:])))
         return self.head(self.decoder([image] * self._unused + list(levels)))
 
 

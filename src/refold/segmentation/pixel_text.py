@@ -97,7 +97,7 @@ class PixelTextScores(nn.Module):
 
 
 class PixelText(Segmenter):
-    """A :class:`Segmenter` whose decoder sees, and whose training uses, how each pixel's features match each class' text.
+    """A :class:`Segmenter` whose decoder sees, and whose training uses, how the features of pixels match class names.
 
     Images (B, C, H, W) -> logits (B, K, H, W). While training a list, of which the last are those of the scores alone;
     :func:`segmentation_loss` takes it.
