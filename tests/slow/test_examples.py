@@ -1,4 +1,4 @@
-"""Every example runs to its end, and merges exactly where its method merges."""
+"""Every example runs to its end and merges exactly."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert ("peak memory" if name == "instance.py" else "relative difference") in done.stdout
+    assert "relative difference" in done.stdout
