@@ -23,8 +23,6 @@ from refold.detection import BoxSet, BoxSplits, load_boxes
 from refold.detection.problem import DetectionProblem, detect, metrics_of
 from refold.errors import DataError
 from refold.preprocessing import Preprocessing
-from refold.report.figures import save
-from refold.report.overlays import contact_sheet
 from refold.segmentation import Inference, MaskSet, MaskSplits, evaluation_pairs, load_masks
 from refold.segmentation.problem import SegmentationProblem, confusion_of
 from refold.training.config import Recipe, TrainConfig
@@ -36,7 +34,6 @@ from refold.training.run import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from matplotlib.figure import Figure
 
 __all__ = [
     "Scored",
@@ -120,7 +117,7 @@ def train_dense(
         if scored[shown].rows:
             folder.write_json("predictions.json", scored[shown].rows)
         if folder.main:
-            save(draw(model, part, preprocessing, accelerator), folder.path / "overlays.png")
+            draw(model, part, preprocessing, accelerator, folder.path / "overlays.png")
     summary = _summary(config, parts, model, solved, scored, folder, accelerator.device)
     folder.write_json("summary.json", summary)
     accelerator.wait_for_everyone()  # when any process returns, the folder is complete
@@ -245,8 +242,13 @@ def score(
     return Scored(metrics, per_class, rows)
 
 
-def draw(model: Any, part: MaskSet | BoxSet, preprocessing: Preprocessing, accelerator: Accelerator) -> Figure:
-    """The first images of a set with their truths and predictions side by side."""
+def draw(
+    model: Any, part: MaskSet | BoxSet, preprocessing: Preprocessing, accelerator: Accelerator, path: Path
+) -> None:
+    """A picture of the first images of a set, with their truths and predictions side by side."""
+    from refold.report import figures
+    from refold.report.overlays import contact_sheet
+
     few = part.subset(range(min(_SHOWN, len(part))))
     images, truths, predictions = [], [], []
     with torch.no_grad(), in_evaluation(model):
@@ -258,7 +260,9 @@ def draw(model: Any, part: MaskSet | BoxSet, preprocessing: Preprocessing, accel
                 size = (mask.shape[-2], mask.shape[-1])
                 predictions.append(inference(model, batch.to(accelerator.device), size).argmax(1)[0].cpu())
             shown = background_of(few.classes)
-            return contact_sheet(images, few.classes, truths=truths, predictions=predictions, background=shown)
+            sheet = contact_sheet(images, few.classes, truths=truths, predictions=predictions, background=shown)
+            figures.save(sheet, path)
+            return
         for k in range(len(few)):
             images.append(few.read(k))
             truths.append({name: value for name, value in few.target(k).items() if name != "image_id"})
@@ -269,7 +273,7 @@ def draw(model: Any, part: MaskSet | BoxSet, preprocessing: Preprocessing, accel
     # As many as there are objects where the model is never sure, as it is after a short training.
     threshold = min(_SURE, float(scores[:objects][-1])) if len(scores) else _SURE
     classes = [BACKGROUND, *few.classes]
-    return contact_sheet(images, classes, truths=truths, predictions=predictions, threshold=threshold)
+    figures.save(contact_sheet(images, classes, truths=truths, predictions=predictions, threshold=threshold), path)
 
 
 def background_of(classes: Sequence[str]) -> int | None:

@@ -29,7 +29,6 @@ from refold.data.decoding import decode
 from refold.dense.job import background_of
 from refold.detection import BoxSet, to_results, write_results
 from refold.errors import DataError
-from refold.report.overlays import class_colours, paint
 from refold.segmentation import Inference
 from refold.segmentation.loader import as_input
 from refold.training.build import Ready
@@ -148,6 +147,8 @@ class _Files:
         """Write class indices (H, W) as a palette PNG, and return its path."""
         from PIL import Image
 
+        from refold.report.overlays import class_colours
+
         picture = Image.fromarray(mask.numpy())
         colours = class_colours(len(self.classes), self.background)
         picture.putpalette([value for colour in colours for value in colour or (0, 0, 0)])
@@ -155,6 +156,8 @@ class _Files:
 
     def write_overlay(self, index: int, image: Tensor, labels: Any, threshold: float = _SURE) -> None:
         from torchvision.transforms.functional import to_pil_image
+
+        from refold.report.overlays import paint
 
         drawn = paint(image, labels, self.shown, threshold=threshold, background=self.background)
         self._save(to_pil_image(drawn), f"overlays/{self.pictures[index]}")

@@ -49,7 +49,7 @@ def export_weights(
         raise MergeError(
             "adapters are attached and not merged: plain weights would leave them out",
             where=type(model).__name__,
-            remedy="Merge them before (refold.merge)",
+            remedy="Call refold.merge before, on the part that has them",
         )
     target = Path(path)
     # Clones, because tensors that share memory (tied weights, views) are refused by the format.
