@@ -227,6 +227,29 @@ def test_a_classifier_reads_its_last_block_out():
     assert gradients(model, model(x)).keys() == refold.trainable_parameters(model).keys()
 
 
+@pytest.mark.parametrize("start", ["zero", "stem"])
+def test_it_goes_with_a_method_inside_the_backbone(start):
+    """The highway reads the adapted backbone, which then records a graph up to what it reads."""
+    model, x = encoder("swin"), pictures()
+    highway, inside = refold.E3VA(rank=2, start=start), refold.LoRA(rank=2)
+    attached(model, refold.Compose([inside, highway]))
+    found = model(x)
+    assert gradients(model, *found).keys() == refold.trainable_parameters(model).keys()
+    found = [y.detach() for y in found]
+    adapted = encoder("swin")
+    refold.attach(adapted, inside)
+    state = model.state_dict()
+    for name, parameter in refold.trainable_parameters(adapted).items():
+        parameter.data.copy_(state[name])
+    refold.merge(adapted)
+    alone = attached(encoder("swin"), highway)
+    alone.load_state_dict({**alone.state_dict(), **adapted.state_dict()})
+    for name, parameter in refold.trainable_parameters(alone).items():
+        parameter.data.copy_(state[name.replace("@tap", "@tap@1").replace("@read", "@read@1")])
+    for ours, theirs in zip(found, alone(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 def test_a_file_carries_it(tmp_path):
     model, x = encoder("swin"), pictures()
     attached(model, refold.E3VA(rank=2))

@@ -42,7 +42,7 @@ class Ramp(Highway):
     """``h = x``: the state begins as the features that enter the first block."""
 
     def forward(self, x: Tensor, layout: Layout) -> None:
-        self.keep((_rows(x.detach(), layout),))
+        self.keep((_rows(x, layout),))
 
 
 class Junction(Highway):
@@ -89,7 +89,7 @@ class Junction(Highway):
         return self.up(F.gelu(self.down[1](codes)))
 
     def forward(self, x: Tensor, layout: Layout) -> None:
-        codes = self.down[0](_rows(x.detach(), layout))
+        codes = self.down[0](_rows(x, layout))
         if self.recompute and codes.requires_grad:
             added = checkpoint(self._widen, codes, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -130,7 +130,7 @@ class ReadOut(Highway):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         (state,) = left = self.taken()
         self.keep(left)
-        features = state + _rows(x.detach(), layout) if self.skip else state
+        features = state + _rows(x, layout) if self.skip else state
         return _like(self.norm(features), x, layout)
 
     def compose(self, output: Tensor, added: Tensor) -> Tensor:

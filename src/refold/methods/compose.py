@@ -22,7 +22,7 @@ from refold.survey import Survey
 
 __all__ = ["Compose"]
 
-#: In which order sites of one layer act on what passes through it.
+#: In which order maps of one layer act on what passes through it; side adapters come behind them.
 _ORDER = {"weight": 0, "input": 1, "output": 2}
 
 
@@ -63,7 +63,7 @@ class Compose(Method):
         sites = [site.of_part(part) for part, plan in enumerate(plans) for site in plan.sites]
         self._require_peace(sites)
         return Plan(
-            tuple(sorted(sites, key=lambda site: _ORDER.get(site.slot, len(_ORDER)))),
+            tuple(_in_order(sites)),
             tuple(dict.fromkeys(skipped for plan in plans for skipped in plan.skipped)),
             tuple(dict.fromkeys(name for plan in plans for name in plan.trained)),
             any(plan.trains_statistics for plan in plans),
@@ -94,3 +94,15 @@ class Compose(Method):
 
     def describe(self) -> str:
         return f"Compose([{', '.join(method.describe() for method in self.methods)}])"
+
+
+def _in_order(sites: list[Site]) -> list[Site]:
+    """Host by host, as they come; rows of adapters that hand something on keep the order of the forward."""
+    hosts: dict[str, list[Site]] = {}
+    for site in sites:
+        hosts.setdefault(site.path, []).append(site)
+    last = len(_ORDER)
+    ordered = (
+        sorted(some, key=lambda site: last if site.route else _ORDER.get(site.slot, last)) for some in hosts.values()
+    )
+    return list(itertools.chain.from_iterable(ordered))
