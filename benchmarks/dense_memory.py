@@ -68,8 +68,7 @@ def model_of(backbone: str, task: str, decoder: str, size: tuple[int, int], name
     torch.manual_seed(0)
     loaded = load_encoder(f"timm/{backbone}", pretrained=False)
     shape = Preprocessing(size=size, mean=loaded.preprocessing.mean, std=loaded.preprocessing.std)
-    options = {} if task == "segment" else {"min_size": min(size), "max_size": max(size)}
-    model = build(task, decoder, loaded, shape, [f"class {k}" for k in range(20)], **options)
+    model = build(task, decoder, loaded, shape, [f"class {k}" for k in range(20)])
     prepared(name, model.get_submodule(BACKBONE[task]))
     return model.train()
 

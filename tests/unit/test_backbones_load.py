@@ -57,6 +57,15 @@ def test_drop_path_reaches_the_blocks():
     assert max(rates) == pytest.approx(0.2)
 
 
+def test_no_drop_path_is_none_where_the_architecture_has_a_default():
+    rates = {}
+    for rate in (0.0, 0.2):
+        model = backbones.load("swin_tiny_patch4_window7_224", pretrained=False, drop_path=rate, image_size=224).model
+        rates[rate] = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
+    assert rates[0.0] == []
+    assert max(rates[0.2]) == pytest.approx(0.2)
+
+
 def test_drop_path_has_no_effect_where_there_is_none():
     """The training recipe's default must not keep such an architecture from being trained."""
     model = backbones.load("dla46_c", pretrained=False, num_classes=3, in_chans=1, drop_path=0.2).model

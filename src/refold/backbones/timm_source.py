@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,19 +154,12 @@ def _create(name: str, request: Request, record: dict[str, Any], **arguments: An
     """``timm.create_model`` with the options of ``request`` that this architecture takes."""
     import timm
 
-    given = dict(arguments)
     if request.in_chans is not None:
         arguments["in_chans"] = request.in_chans
     if request.image_size is not None and record.get("fixed_input_size"):  # ViT, Swin and their like
         arguments["img_size"] = request.image_size
-    if request.drop_path:
-        arguments["drop_path_rate"] = request.drop_path
     try:
-        return timm.create_model(name, **arguments)
-    except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        return _create(name, replace(request, drop_path=0.0), record, **given)
+        return with_drop_path(timm.create_model, name, request.drop_path, **arguments)
     except (AssertionError, ValueError) as error:
         if "img_size" not in arguments:
             raise
@@ -176,6 +169,19 @@ def _create(name: str, request: Request, record: dict[str, Any], **arguments: An
             where=_spec(name),
             remedy="Use the model's own size, or a multiple of its patch and window sizes",
         ) from error
+
+
+def with_drop_path(create: Callable[..., Any], name: str, rate: float, **arguments: Any) -> Any:
+    """``create(name, ...)`` with this rate of stochastic depth; 0 is said as well, for Swin and others have a default.
+
+    An architecture without it is built as it is.
+    """
+    try:
+        return create(name, drop_path_rate=rate, **arguments)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        return create(name, **arguments)
 
 
 def _build_from_state_dict(

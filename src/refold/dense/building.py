@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +46,7 @@ def default_decoder(task: str, decoder: str | None) -> str:
 
 
 def build(
-    task: str, decoder: str, loaded: LoadedEncoder, preprocessing: Preprocessing, classes: list[str], **options: Any
+    task: str, decoder: str, loaded: LoadedEncoder, preprocessing: Preprocessing, classes: list[str]
 ) -> nn.Module:
     """The model of a task, its decoder or heads fresh.
 
@@ -56,16 +55,17 @@ def build(
         loaded: the encoder.
         preprocessing: of its images; the crop of segmentation, the short side of detection.
         classes: names; of detection without background.
-        options: further arguments of :class:`Segmenter` or :func:`build_detector`.
 
     Raises:
         BackboneError, DataError: as those two.
     """
     if task == "segment":
-        return Segmenter(loaded.encoder, decoder, len(classes), **options)
+        return Segmenter(loaded.encoder, decoder, len(classes))
     side = min(preprocessing.size)
-    sizes = {"min_size": side, "max_size": round(_LONGEST * side)}
-    return build_detector(decoder, loaded.encoder, len(classes), preprocessing=preprocessing, **{**sizes, **options})
+    longest = max(round(_LONGEST * side), *preprocessing.size)
+    return build_detector(
+        decoder, loaded.encoder, len(classes), preprocessing=preprocessing, min_size=side, max_size=longest
+    )
 
 
 def attach_to(
@@ -77,7 +77,6 @@ def attach_to(
     backbone: str,
     preprocessing: Preprocessing,
     classes: list[str],
-    **options: Any,
 ) -> None:
     """Put a method's adapters on the backbone of a model of :func:`build`, and note what its file should say.
 
@@ -87,10 +86,7 @@ def attach_to(
     body = model.get_submodule(BACKBONE[task])
     example = torch.randn(1, preprocessing.channels, *preprocessing.size)
     attach(body, method, trainable=(), example=example)
-    describe(
-        body, backbone=backbone, classes=classes, preprocessing=preprocessing, task=task, decoder=decoder,
-        options=options or None,
-    )  # fmt: skip
+    describe(body, backbone=backbone, classes=classes, preprocessing=preprocessing, task=task, decoder=decoder)
 
 
 def rebuild(header: Header, weights: str | PathLike[str] | None = None) -> nn.Module:
@@ -104,6 +100,6 @@ def rebuild(header: Header, weights: str | PathLike[str] | None = None) -> nn.Mo
         reason = "does not say how its dense model is made"
         raise StoreError(reason, where=header.name, remedy="Build the model and load into it")
     decoder = default_decoder(header.task, header.extra.get("decoder"))
-    prep, options = header.preprocessing, header.extra.get("options") or {}
+    prep = header.preprocessing
     loaded = load_encoder(header.backbone, image_size=prep.size, in_chans=prep.channels, weights=weights)
-    return build(header.task, decoder, loaded, prep, list(header.classes), **options)
+    return build(header.task, decoder, loaded, prep, list(header.classes))

@@ -4,6 +4,8 @@
   name by name; so every source and weight file of that function works, and position embeddings are resampled.
 * torchvision: the stages of its ``features``, ``trunk_output`` or ``layer1`` to ``layer4`` in sequence.
 * transformers: the architecture's ``...Backbone`` class.
+
+Stochastic depth is off in all of them: a frozen backbone gives the same maps in training as in evaluation.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from refold.backbones.hub import hub_access
 from refold.backbones.normalization import NORMALIZATIONS
 from refold.backbones.packaged import PACKAGED
 from refold.backbones.request import Loaded
-from refold.backbones.timm_source import close_matches
+from refold.backbones.timm_source import close_matches, with_drop_path
 from refold.dense.stages import Features, choose_stages
 from refold.errors import BackboneError, MissingExtraError
 from refold.preprocessing import Preprocessing
@@ -60,8 +62,14 @@ def from_timm(full: Loaded, stages: Sequence[int] | None) -> Features:
                 fixed = False
                 break
     try:
-        body: Any = timm.create_model(
-            name, features_only=True, out_indices=indices, in_chans=full.preprocessing.channels, **arguments
+        body: Any = with_drop_path(
+            timm.create_model,
+            name,
+            0.0,
+            features_only=True,
+            out_indices=indices,
+            in_chans=full.preprocessing.channels,
+            **arguments,
         )
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise _no_maps("timm", where, error) from error
@@ -86,6 +94,7 @@ def from_torchvision(
     """
     import torchvision.models as zoo
     from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.ops import StochasticDepth
 
     where = f"torchvision/{name}"
     known = zoo.list_models(module=zoo)
@@ -101,6 +110,9 @@ def from_torchvision(
             remedy="Put the file into torch.hub's folder (~/.cache/torch/hub/checkpoints), or use a packaged/ model",
         ) from error
     trunk = _trunk(model, where)
+    for module in trunk.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 0.0
     outputs: dict[str, torch.Size] = {}
     with torch.no_grad():
         x = torch.zeros(1, 3, *_PROBE)
@@ -153,6 +165,8 @@ def from_transformers(
     where = f"transformers/{name}"
     with hub_access(where):
         config: Any = AutoConfig.from_pretrained(name)
+    if hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = 0.0
     kind: Any = MODEL_FOR_BACKBONE_MAPPING.get(type(config), None)
     if kind is None:
         raise _no_maps("transformers", where)

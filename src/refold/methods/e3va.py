@@ -6,10 +6,11 @@ Dense Predictions" (arXiv 2306.09729).
     LN(h + y) in place of y                                  where the model reads a block's result y out
 
 A highway beside the frozen backbone: it reads, and gives nothing back before a stage is read out, so that the backbone
-records no graph and keeps nothing for a backward pass. D2 and U2 have the ``rank``, the bottleneck is
-``width / reduction`` wide. U1 and q zero: the backbone's features, normed, at the start. With rank 16 and reduction 2
-an adapter has 49.5 C parameters; with a LayerNorm for each of the four maps 1,195,008 on Swin-B and 1,792,512 on
-Swin-L, read out by stages (``features_only`` in timm). A classifier reads the last block out alone. It does not fold.
+records no graph; kept for a backward pass are the features z that the adapters read. D2 and U2 have the ``rank``, the
+bottleneck is ``width / reduction`` wide. U1 and q zero: the backbone's features, normed, at the start. With rank 16 and
+reduction 2 an adapter has 49.5 C parameters; with a LayerNorm for each of the four maps 1,195,008 on Swin-B and
+1,792,512 on Swin-L, read out by stages (``features_only`` in timm). A classifier reads the last block out alone. It
+does not fold.
 
 The equations are a reconstruction: the paper's own could not be read here. Known of it are the taps behind W-MSA and
 MLP, the two low-rank projections, adapters side by side along the highway, inherited down-sampling layers, and the
@@ -50,7 +51,7 @@ _STARTS, _TAPS = ("zero", "stem"), {"branch": "output", "stream": "sum"}
 
 @dataclass(frozen=True)
 class E3VA(Method):
-    """Low-rank adapters on a highway beside the backbone, which keeps nothing for a backward pass.
+    """Low-rank adapters on a highway beside the backbone, of which autograd keeps only what they read.
 
     Args:
         rank: of both projections of an adapter.
@@ -64,7 +65,7 @@ class E3VA(Method):
     Raises:
         SiteError: a hyper-parameter is out of range.
 
-    Use it for dense prediction where full tuning does not fit: memory and time of a frozen backbone.
+    Use it for dense prediction where full tuning does not fit: a fifth to a third of its memory on Swin.
     """
 
     rank: int = 16
