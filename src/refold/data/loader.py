@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,12 +19,86 @@ from refold.data.randomness import generator
 from refold.errors import DataError
 from refold.preprocessing import Preprocessing
 
-__all__ = ["Loader", "Plan", "Plans"]
+__all__ = ["Loader", "Order", "Plan", "PlannedLoader", "Plans"]
 
 Plan = tuple[Tensor, Tensor]  # (B,) indices into the image set, and (B, columns) random numbers
 
 
-class Loader:
+class Order(TypedDict, total=False):
+    """Which images make a batch: the fields of :class:`Plans` that a loader's caller chooses."""
+
+    batch_size: Required[int]
+    shuffle: bool
+    drop_last: bool
+    seed: int
+    rank: int
+    world: int
+
+
+class PlannedLoader(ABC):
+    """Batches that are a function of (seed, epoch, sample) alone, read in this process or ahead in others.
+
+    Args:
+        batches: what reads a batch, given its plan; a DataError that it returns is raised here.
+        plans: what the batches consist of.
+        workers: processes that read ahead; at most the CPUs there are. 0 does it in this process.
+
+    Raises:
+        DataError: fewer workers than none.
+    """
+
+    def __init__(self, batches: Dataset[Any], plans: Plans, workers: int) -> None:
+        if workers < 0:
+            raise DataError(f"must be 0 or more, not {workers}", where="workers")
+        self._plans = plans
+        self.set_epoch(0)
+        processes = min(workers, available_cpus())
+        self._loader = DataLoader(
+            batches,
+            sampler=plans,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=processes,
+            persistent_workers=processes > 0,
+            generator=torch.Generator(),  # the default would draw from the global one
+        )
+
+    def __len__(self) -> int:
+        """Batches of this process in one epoch."""
+        return len(self._plans)
+
+    @property
+    def indices(self) -> Tensor:
+        """(n,) int64: the images of this process in the coming epoch, in order."""
+        return torch.cat([indices for indices, _ in self._plans])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, of the next iteration.
+
+        Raises:
+            DataError: a negative one.
+        """
+        generator(self._plans.seed, epoch, "order")  # complains about bad numbers now
+        self._plans.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        while True:
+            with one_torch_thread():
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                if isinstance(batch, DataError):
+                    raise batch
+                batch = self._finish(batch)
+            yield batch
+
+    @abstractmethod
+    def _finish(self, batch: Any) -> Any:
+        """What is done to a batch in this process."""
+
+
+class Loader(PlannedLoader):
     """Iterate over ``(images, targets)``: (B, C, H, W) float32 normalised, and the targets of those images.
 
     Images are decoded once, here and now, if they fit in memory (:meth:`ImageSet.hold`), else at every pass. Order
@@ -66,8 +141,6 @@ class Loader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        if workers < 0:
-            raise DataError(f"must be 0 or more, not {workers}", where="workers")
         if preprocessing.channels not in MODES:
             raise DataError(
                 f"the model takes {preprocessing.channels} channels; image files give 1 or 3", where="preprocessing"
@@ -77,7 +150,7 @@ class Loader:
         std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
         mean = torch.tensor(preprocessing.mean, dtype=torch.float64)[:, None, None]
         self._scale, self._shift = (1 / (255 * std)).float(), (-mean / std).float()
-        self._plans = Plans(
+        plans = Plans(
             count=len(image_set),
             columns=self._augmentation.columns,
             batch_size=batch_size,
@@ -87,50 +160,14 @@ class Loader:
             rank=rank,
             world=world,
         )
-        self.set_epoch(0)
-        in_memory = image_set.hold(self._augmentation.rendering)
-        processes = 0 if in_memory and not self._augmentation.slow else min(workers, available_cpus())
-        self._loader = DataLoader(
-            _Batches(image_set, self._augmentation),
-            sampler=self._plans,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=processes,
-            persistent_workers=processes > 0,
-            generator=torch.Generator(),  # the default would draw from the global one
-        )
+        if image_set.hold(self._augmentation.rendering) and not self._augmentation.slow:
+            workers = min(workers, 0)  # nothing to read ahead
+        super().__init__(_Batches(image_set, self._augmentation), plans, workers)
 
-    def __len__(self) -> int:
-        """Batches of this process in one epoch."""
-        return len(self._plans)
-
-    @property
-    def indices(self) -> Tensor:
-        """(n,) int64: the images of this process in the coming epoch, in order."""
-        return torch.cat([indices for indices, _ in self._plans])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, of the next iteration.
-
-        Raises:
-            DataError: a negative one.
-        """
-        generator(self._plans.seed, epoch, "order")  # complains about bad numbers now
-        self._plans.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(self._loader)
-        while True:
-            with one_torch_thread():
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                if isinstance(batch, DataError):
-                    raise batch
-                images, indices, randomness = batch
-                images = torch.addcmul(self._shift, images.float(), self._scale)  # one channel becomes three here
-                images = self._augmentation.finish(images, randomness)
-            yield images, self._image_set.targets[indices]
+    def _finish(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, indices, randomness = batch
+        images = torch.addcmul(self._shift, images.float(), self._scale)  # one channel becomes three here
+        return self._augmentation.finish(images, randomness), self._image_set.targets[indices]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -144,11 +181,11 @@ class Plans(Sampler[Plan]):
     count: int
     columns: int
     batch_size: int
-    shuffle: bool
-    drop_last: bool
-    seed: int
-    rank: int
-    world: int
+    shuffle: bool = False
+    drop_last: bool = False
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
     epoch: int = 0
 
     def __post_init__(self) -> None:

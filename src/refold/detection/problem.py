@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +11,9 @@ from refold.detection.boxes import BoxSet
 from refold.detection.evaluation import average_precision, to_results
 from refold.detection.loader import BoxLoader
 from refold.detection.models import Detector
-from refold.errors import DataError
 from refold.training.config import Recipe
 from refold.training.inference import autocast, in_evaluation
+from refold.training.problem import LoadedProblem, one_of, training_order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +24,7 @@ Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 METRICS = ("ap", "ap50", "ap75")
 
 
-class DetectionProblem:
+class DetectionProblem(LoadedProblem):
     """See :class:`refold.training.problem.Problem`. The detector's own losses; AP chooses the best epoch.
 
     AP is that of masks where the detector has them, else of boxes; ``box_ap`` and ``mask_ap`` stand beside.
@@ -52,33 +50,10 @@ class DetectionProblem:
     ) -> None:
         self.model, self.train_set, self.val_set = model, train_set, val_set
         self.accelerator, self.precision, self.workers = accelerator, precision, recipe.workers
-        self.select = recipe.select or METRICS[0]
-        if self.select not in METRICS:
-            raise DataError(f"{self.select!r} is no metric here", where="select", remedy=f"Known: {', '.join(METRICS)}")
-        self.loader = BoxLoader(
-            train_set,
-            batch_size=recipe.batch_size,
-            augment=recipe.augment,
-            shuffle=True,
-            drop_last=len(train_set) >= recipe.batch_size,
-            seed=recipe.seed,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=recipe.workers,
-        )
-        self.images, self.steps = len(train_set), len(self.loader)
-        self.facts = {
-            "training images": len(train_set),
-            "validation images": 0 if val_set is None else len(val_set),
-            "classes": train_set.classes,
-        }
-
-    def batches(self, epoch: int, seed: int) -> Iterable[Batch]:
-        self.loader.set_epoch(epoch)
-        return self.loader
-
-    def step(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        self.select = one_of(recipe, METRICS)
+        order = training_order(recipe, len(train_set), accelerator)
+        loader = BoxLoader(train_set, augment=recipe.augment, workers=recipe.workers, **order)
+        super().__init__(loader, train_set, val_set, train_set.classes)
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         device = self.accelerator.device

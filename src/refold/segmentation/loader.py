@@ -15,15 +15,15 @@ Images are resized as the model's preprocessing says; a pixel of a mask takes th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from refold.data.loader import Plan, Plans
-from refold.data.parallel import available_cpus, one_torch_thread
-from refold.data.randomness import generator, preserved, reseed
+from refold.data.loader import Order, Plan, PlannedLoader, Plans
+from refold.data.parallel import one_torch_thread
+from refold.data.randomness import preserved, reseed
 from refold.errors import DataError
 from refold.preprocessing import Preprocessing
 from refold.segmentation.data import MaskSet
@@ -36,7 +36,7 @@ AUGMENTATIONS = ("none", "flip", "standard")
 _SCALES = (0.5, 2.0)
 
 
-class MaskLoader:
+class MaskLoader(PlannedLoader):
     """Iterate over ``(images, masks)``: (B, C, H, W) float32 normalised, (B, H, W) int64, 255 where unlabelled.
 
     H and W are those of the preprocessing: the crop. As with :class:`refold.data.loader.Loader`, order and augmentation
@@ -45,10 +45,10 @@ class MaskLoader:
     Args:
         mask_set: what to read.
         preprocessing: of the encoder; 1 or 3 channels.
-        batch_size: images of a step, over all processes together; a multiple of ``world``.
         augment: one of :data:`AUGMENTATIONS`.
-        shuffle, drop_last, seed, rank, world: as for :class:`refold.data.loader.Loader`.
         workers: processes that read ahead; at most the CPUs there are. 0 does it in this process.
+        order: ``batch_size``, ``shuffle``, ``drop_last``, ``seed``, ``rank`` and ``world``, as for
+            :class:`refold.data.loader.Loader`.
 
     Raises:
         DataError: an argument out of range, fewer images than a full batch with ``drop_last``; while iterating, what
@@ -60,73 +60,17 @@ class MaskLoader:
         mask_set: MaskSet,
         preprocessing: Preprocessing,
         *,
-        batch_size: int,
         augment: str = "none",
-        shuffle: bool = False,
-        drop_last: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
         workers: int = 0,
+        **order: Unpack[Order],
     ) -> None:
-        if not 0 <= rank < world:
-            raise DataError(f"must be at least 0 and under world ({world}), not {rank}", where="rank")
-        if batch_size < 1 or batch_size % world:
-            raise DataError(f"must be a positive multiple of {world} processes, not {batch_size}", where="batch_size")
-        if workers < 0:
-            raise DataError(f"must be 0 or more, not {workers}", where="workers")
-        if drop_last and len(mask_set) < batch_size:
-            raise DataError(
-                f"{len(mask_set)} images are no full batch of {batch_size}", where="batch_size", remedy="Lower it"
-            )
         self._normalise = _Normalise(preprocessing)
-        self._plans = Plans(
-            count=len(mask_set),
-            columns=1,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            seed=seed,
-            rank=rank,
-            world=world,
-        )
-        self.set_epoch(0)
-        processes = min(workers, available_cpus())
-        self._loader = DataLoader(
-            _Crops(mask_set, preprocessing, augment),
-            sampler=self._plans,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=processes,
-            persistent_workers=processes > 0,
-            generator=torch.Generator(),  # the default would draw from the global one
-        )
+        plans = Plans(count=len(mask_set), columns=1, **order)  # the column: seeds of the augmentation
+        super().__init__(_Crops(mask_set, preprocessing, augment), plans, workers)
 
-    def __len__(self) -> int:
-        """Batches of this process in one epoch."""
-        return len(self._plans)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, of the next iteration.
-
-        Raises:
-            DataError: a negative one.
-        """
-        generator(self._plans.seed, epoch, "order")  # complains about bad numbers now
-        self._plans.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(self._loader)
-        while True:
-            with one_torch_thread():
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                if isinstance(batch, DataError):
-                    raise batch
-                images, masks = batch
-                images = self._normalise(images)
-            yield images, masks.long()
+    def _finish(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, masks = batch
+        return self._normalise(images), masks.long()
 
 
 def evaluation_pairs(
@@ -251,7 +195,3 @@ def _fill(colour: list[int]) -> Any:
     from torchvision import tv_tensors
 
     return {tv_tensors.Image: colour, tv_tensors.Mask: IGNORE}
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from refold.errors import DataError
 from refold.preprocessing import Preprocessing
 from refold.segmentation.data import MaskSet
 from refold.segmentation.inference import Inference, evaluate
@@ -18,6 +15,7 @@ from refold.segmentation.losses import segmentation_loss
 from refold.segmentation.metrics import PixelConfusion
 from refold.training.config import Recipe
 from refold.training.inference import autocast, in_evaluation
+from refold.training.problem import LoadedProblem, one_of, training_order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,7 +25,7 @@ __all__ = ["SegmentationProblem", "confusion_of"]
 METRICS = ("miou", "pixel_accuracy", "mean_accuracy")
 
 
-class SegmentationProblem:
+class SegmentationProblem(LoadedProblem):
     """See :class:`refold.training.problem.Problem`. Pixel-wise cross-entropy; mIoU chooses the best epoch.
 
     Args:
@@ -53,34 +51,10 @@ class SegmentationProblem:
     ) -> None:
         self.model, self.val_set, self.preprocessing = model, val_set, preprocessing
         self.accelerator, self.precision = accelerator, precision
-        self.select = recipe.select or METRICS[0]
-        if self.select not in METRICS:
-            raise DataError(f"{self.select!r} is no metric here", where="select", remedy=f"Known: {', '.join(METRICS)}")
-        self.loader = MaskLoader(
-            train_set,
-            preprocessing,
-            batch_size=recipe.batch_size,
-            augment=recipe.augment,
-            shuffle=True,
-            drop_last=len(train_set) >= recipe.batch_size,
-            seed=recipe.seed,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=recipe.workers,
-        )
-        self.images, self.steps = len(train_set), len(self.loader)
-        self.facts = {
-            "training images": len(train_set),
-            "validation images": 0 if val_set is None else len(val_set),
-            "classes": train_set.classes,
-        }
-
-    def batches(self, epoch: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        self.loader.set_epoch(epoch)
-        return self.loader
-
-    def step(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        self.select = one_of(recipe, METRICS)
+        order = training_order(recipe, len(train_set), accelerator)
+        loader = MaskLoader(train_set, preprocessing, augment=recipe.augment, workers=recipe.workers, **order)
+        super().__init__(loader, train_set, val_set, train_set.classes)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, masks = (part.to(self.accelerator.device, non_blocking=True) for part in batch)

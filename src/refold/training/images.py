@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from refold.training.config import Recipe
 from refold.training.consistency import make_consistency
 from refold.training.inference import autocast, compute_logits, evaluation_loader
 from refold.training.mixing import make_mixer
+from refold.training.problem import LoadedProblem, training_order
 from refold.training.tasks import Task
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["ImageProblem", "chosen_metric"]
 
 
-class ImageProblem:
+class ImageProblem(LoadedProblem):
     """See :class:`refold.training.problem.Problem`; the arguments are those of :func:`refold.training.fit`."""
 
     def __init__(
@@ -46,39 +47,23 @@ class ImageProblem:
         self.task = task.to(accelerator.device)
         self.mixer = make_mixer(recipe, task.outputs)
         self.consistency = make_consistency(recipe, model, accelerator.device)
-        self.loader = Loader(
-            train_set,
-            preprocessing,
-            batch_size=recipe.batch_size,
-            augment=recipe.augment,
-            shuffle=True,
-            drop_last=len(train_set) >= recipe.batch_size,
-            seed=recipe.seed,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=recipe.workers,
-        )
+        order = training_order(recipe, len(train_set), accelerator)
+        loader = Loader(train_set, preprocessing, augment=recipe.augment, workers=recipe.workers, **order)
+        super().__init__(loader, train_set, val_set, task.classes)
         self.val_loader = None
         if val_set is not None:
             self.val_loader = evaluation_loader(
                 val_set, preprocessing, accelerator, batch_size=recipe.batch_size, workers=recipe.workers
             )
-        self.images, self.steps = len(train_set), len(self.loader)
         self.select = chosen_metric(recipe, task, val_set)
-        self.facts = {
-            "training images": len(train_set),
-            "validation images": 0 if val_set is None else len(val_set),
-            "classes": task.classes,
-        }
 
     def batches(self, epoch: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        self.loader.set_epoch(epoch)
         if self.consistency is not None:
             self.consistency.start(seed)
-        return self.loader
+        return super().batches(epoch, seed)
 
     def step(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.consistency is None else self.consistency.step()
+        return super().step() if self.consistency is None else self.consistency.step()
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = (part.to(self.accelerator.device, non_blocking=True) for part in batch)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Iterable, Sized
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Problem"]
+from refold.errors import DataError
+from refold.training.config import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from refold.data.loader import Order, PlannedLoader
+
+__all__ = ["LoadedProblem", "Problem", "one_of", "training_order"]
 
 
 class Problem(Protocol):
@@ -45,3 +53,55 @@ class Problem(Protocol):
     def try_step(self, size: int) -> Any:
         """Run the model forward as in a step, on noise of a batch of ``size``; for measuring."""
         ...
+
+
+class LoadedProblem:
+    """The parts of a :class:`Problem` that follow from a loader of its training set.
+
+    Args:
+        loader: of this process.
+        train_set, val_set: for their numbers of images; None is no validation set.
+        classes: names, None for numbers.
+    """
+
+    def __init__(
+        self, loader: PlannedLoader, train_set: Sized, val_set: Sized | None, classes: list[str] | None
+    ) -> None:
+        self.loader = loader
+        self.images, self.steps = len(train_set), len(loader)
+        self.facts: dict[str, Any] = {
+            "training images": len(train_set),
+            "validation images": 0 if val_set is None else len(val_set),
+            "classes": classes,
+        }
+
+    def batches(self, epoch: int, seed: int) -> Iterable[Any]:
+        self.loader.set_epoch(epoch)
+        return self.loader
+
+    def step(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+def training_order(recipe: Recipe, count: int, accelerator: Accelerator) -> Order:
+    """How a loader of ``count`` training images makes this process's batches: shuffled, full ones where there are."""
+    return {
+        "batch_size": recipe.batch_size,
+        "shuffle": True,
+        "drop_last": count >= recipe.batch_size,
+        "seed": recipe.seed,
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+    }
+
+
+def one_of(recipe: Recipe, metrics: tuple[str, ...]) -> str:
+    """The metric that chooses the best epoch: the recipe's, or the first.
+
+    Raises:
+        DataError: the recipe's is not among them.
+    """
+    chosen = recipe.select or metrics[0]
+    if chosen not in metrics:
+        raise DataError(f"{chosen!r} is no metric here", where="select", remedy=f"Known: {', '.join(metrics)}")
+    return chosen
