@@ -1,4 +1,4 @@
-"""``refold.train`` of dense tasks on tiny pictures: the run folder, resuming, loading again, methods, bad input."""
+"""``refold.train`` of dense tasks on tiny pictures: the run folder, resuming, loading again, methods."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import refold
+from dense_runs import settings
 from refold.attachment import attached_part
 from refold.dense import Encoder, load_encoder
 from refold.dense.job import build_dense, build_plain, load_parts
 from refold.dense.shapes import shapes
-from refold.errors import DataError, RefoldError, StoreError
+from refold.errors import DataError, StoreError
 from refold.report import write_report
 from refold.segmentation import Inference, Segmenter
 from refold.training import TrainConfig, TrainResult, evaluate, resolve, train
@@ -36,15 +37,6 @@ FILES = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shapes(tmp_path_factory.mktemp("data"), counts=COUNTS, side=64).root
-
-
-def settings(data: Path, output: Path, **changes: Any) -> TrainConfig:
-    base: dict[str, Any] = {
-        "data": data, "output": output, "task": "segment", "decoder": "linear", "model": "timm/test_convnext",
-        "pretrained": False, "image_size": 64, "method": refold.LinearProbe(), "epochs": 2, "batch_size": 2,
-        "lr": 1e-2, "warmup_epochs": 0, "precision": "fp32", "attention": "default",
-    }  # fmt: skip
-    return TrainConfig.of(**base | changes)
 
 
 @pytest.fixture(scope="module")
@@ -341,69 +333,3 @@ def test_windows_are_for_segmentation_and_thresholds_for_detection(
         refold.predict(segmented.output, data / "images", threshold=0.3)
     with pytest.raises(DataError, match="no adapter"):
         evaluate(plain(data))
-
-
-# -- bad input -------------------------------------------------------------------------------------------------------
-
-
-def smaller_mask(folder: Path) -> None:
-    file = folder / "masks" / "train" / "train_001.png"
-    Image.open(file).resize((32, 64)).save(file)
-
-
-def label_beyond_the_classes(folder: Path) -> None:
-    file = folder / "masks" / "val" / "val_000.png"
-    mask = np.array(Image.open(file))
-    mask[0, 0] = 9
-    Image.fromarray(mask).save(file)
-
-
-def missing_image(folder: Path) -> None:
-    (folder / "images" / "train" / "train_002.png").unlink()
-
-
-def no_annotations(folder: Path) -> None:
-    file = folder / "annotations" / "instances_train.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
-
-
-def nothing(folder: Path) -> None:
-    pass
-
-
-BAD = {
-    "size": ("segment", smaller_mask, {}, r"train_001\.png: the mask is 64x32 pixels, its image 64x64"),
-    "label": ("segment", label_beyond_the_classes, {}, r"val_000\.png: 1 pixels have the label 9, beyond the 4"),
-    "missing image": ("instance", missing_image, {}, r"there is no image '.*train_002\.png"),
-    "no annotations": ("detect", no_annotations, {}, r"instances_train\.json: has no annotations"),
-    "stages": ("segment", nothing, {"model": "timm/levit_128s", "decoder": "fpn"}, "levit_128s: has maps of strides"),
-    "one stride": ("segment", nothing, {"decoder": "setr_pup"}, "setr_pup: needs maps of one stride"),
-    "decoder": ("detect", nothing, {"decoder": "upernet"}, "decoder: 'upernet' is not for detect"),
-    "mixup": ("segment", nothing, {"mixup": 0.2}, "mixup: is not for task 'segment'"),
-    "crop": ("detect", nothing, {"crop": "center"}, "crop: is not for task 'detect'"),
-    "drop path": ("detect", nothing, {"drop_path": 0.3}, "drop_path: is not for task"),
-    "augment": ("segment", nothing, {"augment": "lsj"}, "augment: unknown augmentation 'lsj'. Known: none, flip"),
-    "select": ("detect", nothing, {"select": "accuracy"}, "select: 'accuracy' is no metric here. Known: ap"),
-    "package": (
-        "segment",
-        nothing,
-        {"data": "packaged/moon"},
-        "packaged/moon: no such packaged data set. Known: shapes, ",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_error_before_training(
-    case: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task, spoil, changes, says = BAD[case]
-    copy = tmp_path / "data"
-    shutil.copytree(data, copy)
-    spoil(copy)
-    monkeypatch.setattr("refold.training.trainer.Trainer.run", lambda *_: pytest.fail("training began"))
-    decoder = {"decoder": "linear" if task == "segment" else None}
-    with pytest.raises(RefoldError, match=says) as caught:
-        train(settings(copy, tmp_path / "run", task=task, **decoder).replace(**changes))
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()

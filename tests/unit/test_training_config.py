@@ -20,6 +20,13 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**(settings | changes))
 
 
+@pytest.mark.parametrize(("task", "size"), [(None, 64), ("segment", 16), ("detect", 2), ("instance", 2)])
+def test_a_batch_is_as_large_as_the_task_allows_unless_told(task, size):
+    assert config(task=task).batch_size == size
+    assert config(task=task, batch_size=5).batch_size == 5
+    assert TrainConfig.from_json(config(task=task).to_json()).batch_size == size
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -71,7 +71,7 @@ def train(
     target: Target = None,
     split: Split = (0.8, 0.2, 0.0),
     epochs: Epochs = 100,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     lr: LearningRate = 1e-3,
     head_lr: HeadRate = None,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW; biases and norms are left out.")] = 1e-4,
@@ -130,7 +130,7 @@ def train(
         target=target,
         fractions=split,
         epochs=epochs,
-        batch_size=batch_size,
+        batch_size=cast(int, batch_size),
         lr=lr,
         head_lr=head_lr,
         weight_decay=weight_decay,

@@ -97,7 +97,10 @@ Split = Annotated[
     typer.Option(help="Shares (or counts) of train, val and test where DATA has no splits of its own."),
 ]
 Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
-BatchSize = Annotated[int, typer.Option(help="Images a step, over all processes.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Images a step, over all processes; 64, to segment 16, for objects 2 if not given."),
+]
 LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate of the adapter.")]
 HeadRate = Annotated[float | None, typer.Option("--head-lr", help="Peak rate of the head; as --lr if not given.")]
 Augment = Annotated[

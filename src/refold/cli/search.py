@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -62,7 +62,7 @@ def search(
     target: Target = None,
     split: Split = (0.8, 0.2, 0.0),
     epochs: Epochs = 100,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     lr: LearningRate = 1e-3,
     head_lr: HeadRate = None,
     augment: Augment = "none",
@@ -100,7 +100,7 @@ def search(
         target=target,
         fractions=split,
         epochs=epochs,
-        batch_size=batch_size,
+        batch_size=cast(int, batch_size),
         lr=lr,
         head_lr=head_lr,
         augment=augment,

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from refold.errors import DataError
 from refold.methods import METHODS, Method, method_from_json
@@ -21,6 +21,7 @@ ATTENTIONS = ("auto", "default", "math", "math-bf16")
 FREE_SETTINGS = ("output", "workers", "cache")
 RUN_FACTS = ("environment", "command")  # what config.json holds beside the settings
 DENSE_TASKS = ("segment", "detect", "instance")
+BATCH_SIZES = {"segment": 16, "detect": 2, "instance": 2}
 NORMALIZATIONS = ("model", "imagenet", "inception", "none")
 
 
@@ -194,6 +195,7 @@ class TrainConfig(Recipe):
             (inputs in [-1, 1]) or ``"none"`` (inputs in [0, 1]).
         crop: ``"squash"`` resizes straight to the input size (the VTAB recipe), ``"center"`` cuts the centre.
         drop_path: rate of stochastic depth in the backbone of whole images; dense tasks have none.
+        batch_size: None is 64 whole images, 16 to segment, and 2 for objects, whose images and heads are large.
         method: how to adapt: an instance of one of :data:`refold.methods.METHODS`.
         start: adapter file of the same method on the same backbone, whose weights, head included, training starts
             from; None starts as the method does.
@@ -201,6 +203,7 @@ class TrainConfig(Recipe):
         evaluate_test: score the best epoch on the test split when there is one.
     """
 
+    batch_size: int = cast(int, None)  # a number from construction on
     data: str
     task: str | None = None
     decoder: str | None = None
@@ -225,6 +228,8 @@ class TrainConfig(Recipe):
     evaluate_test: bool = True
 
     def __post_init__(self) -> None:
+        if self.batch_size is None:
+            object.__setattr__(self, "batch_size", BATCH_SIZES.get(self.task or "", Recipe.batch_size))
         super().__post_init__()
         for name in ("data", "train", "val", "test", "weights", "start", "output"):
             if isinstance(getattr(self, name), Path):
