@@ -13,7 +13,6 @@ from torch import nn
 import refold
 from refold.backbones import with_normalization
 from refold.backbones.files import cache_dir
-from refold.bench.measure import count_parameters, peak_memory
 from refold.data.coco_files import BACKGROUND
 from refold.dense.building import attach_to, build, default_decoder
 from refold.dense.encoder import LoadedEncoder, load_encoder
@@ -27,8 +26,8 @@ from refold.segmentation import Inference, MaskSet, MaskSplits, evaluation_pairs
 from refold.segmentation.problem import SegmentationProblem, confusion_of
 from refold.training.config import Recipe, TrainConfig
 from refold.training.inference import in_evaluation
-from refold.training.job import TrainResult
-from refold.training.loop import Solved, solve
+from refold.training.job import TrainResult, summarize
+from refold.training.loop import solve
 from refold.training.problem import Problem
 from refold.training.run import RunFolder
 
@@ -118,7 +117,12 @@ def train_dense(
             folder.write_json("predictions.json", scored[shown].rows)
         if folder.main:
             draw(model, part, preprocessing, accelerator, folder.path / "overlays.png")
-    summary = _summary(config, parts, model, solved, scored, folder, accelerator.device)
+    task = config.task or ""
+    summary = summarize(
+        config, parts, model, solved, scored, folder, accelerator.device,
+        task=task, selected_by=config.select or ("miou" if task == "segment" else "ap"),
+    )  # fmt: skip
+    summary["decoder"] = default_decoder(task, config.decoder)
     folder.write_json("summary.json", summary)
     accelerator.wait_for_everyone()  # when any process returns, the folder is complete
     return TrainResult(
@@ -279,38 +283,3 @@ def draw(
 def background_of(classes: Sequence[str]) -> int | None:
     """The class that pictures of masks leave unpainted; None where no class is called background."""
     return classes.index(BACKGROUND) if BACKGROUND in classes else None
-
-
-def _summary(
-    config: TrainConfig,
-    parts: MaskSplits | BoxSplits,
-    model: nn.Module,
-    solved: Solved,
-    scored: dict[str, Scored],
-    folder: RunFolder,
-    device: torch.device,
-) -> dict[str, Any]:
-    parameters = count_parameters(model)
-    shown = "test" if "test" in scored else "val"
-    sets = {"train": parts.train, "val": parts.val, "test": parts.test}
-    return {
-        "method": config.method.describe(),
-        "task": config.task,
-        "decoder": default_decoder(config.task or "", config.decoder),
-        "classes": parts.classes,
-        "images": {name: 0 if part is None else len(part) for name, part in sets.items()},
-        "skipped": [],
-        "parameters": parameters.total,
-        "trainable_parameters": parameters.trainable,
-        "file_bytes": folder.adapter_path.stat().st_size if folder.main else None,
-        "seconds": solved.seconds,
-        "epochs": config.epochs,
-        "best_epoch": solved.best_epoch,
-        "selected_by": (config.select or ("miou" if config.task == "segment" else "ap")) if parts.val else None,
-        "precision": solved.precision,
-        "attention": solved.attention,
-        "peak_memory": peak_memory(device),
-        "metrics": {split: one.metrics for split, one in scored.items()},
-        "evaluated_split": shown if scored else None,
-        **({"per_class": scored[shown].per_class} if scored else {}),
-    }

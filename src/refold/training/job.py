@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,17 @@ from refold.training.build import build_attached
 from refold.training.config import TrainConfig
 from refold.training.evaluation import Evaluation, load_splits, score
 from refold.training.inference import start_accelerator
-from refold.training.loop import Fit, Solved, fit
+from refold.training.loop import Solved, fit
 from refold.training.run import RunFolder
 from refold.training.tasks import make_task
 
 if TYPE_CHECKING:
     from refold.data import Splits
     from refold.dense.job import Scored
+    from refold.detection import BoxSplits
+    from refold.segmentation import MaskSplits
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "summarize", "train"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,10 @@ def train(
         for split, image_set in wanted.items()
         if image_set is not None
     }
-    summary = _summary(config, splits, model, fitted, evaluations, folder, accelerator.device)
+    summary = summarize(
+        config, splits, model, fitted, evaluations, folder, accelerator.device,
+        task=splits.task, selected_by=config.select or fitted.task.select, skipped=splits.skipped,
+    )  # fmt: skip
     if evaluations:
         shown = "test" if "test" in evaluations else "val"
         image_set = wanted[shown]
@@ -164,40 +169,50 @@ def train(
     )
 
 
-def _summary(
+def summarize(
     config: TrainConfig,
-    splits: Splits,
+    parts: Splits | MaskSplits | BoxSplits,
     model: nn.Module,
-    fitted: Fit,
-    evaluations: dict[str, Evaluation],
+    solved: Solved,
+    evaluations: Mapping[str, Evaluation | Scored],
     folder: RunFolder,
     device: torch.device,
+    *,
+    task: str,
+    selected_by: str,
+    skipped: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
+    """Content of ``summary.json``.
+
+    Args:
+        config, parts, model, solved, evaluations, folder: of the run, which is finished.
+        device: that it trained on.
+        task: of the data.
+        selected_by: the metric that chose the best epoch, if there is a validation split.
+        skipped: (path, reason) of the images left out.
+    """
     from refold.bench.measure import count_parameters, peak_memory
 
     parameters = count_parameters(model)
     shown = "test" if "test" in evaluations else "val"
+    sets = {"train": parts.train, "val": parts.val, "test": parts.test}
     return {
         "method": config.method.describe(),
-        "task": splits.task,
-        "classes": splits.classes,
-        "images": {name: 0 if part is None else len(part) for name, part in _parts(splits).items()},
-        "skipped": [{"path": str(path), "reason": reason} for path, reason in splits.skipped],
+        "task": task,
+        "classes": parts.classes,
+        "images": {name: 0 if part is None else len(part) for name, part in sets.items()},
+        "skipped": [{"path": str(path), "reason": reason} for path, reason in skipped],
         "parameters": parameters.total,
         "trainable_parameters": parameters.trainable,
         "file_bytes": folder.adapter_path.stat().st_size if folder.main else None,
-        "seconds": fitted.seconds,
+        "seconds": solved.seconds,
         "epochs": config.epochs,
-        "best_epoch": fitted.best_epoch,
-        "selected_by": config.select or fitted.task.select if splits.val is not None else None,
-        "precision": fitted.precision,
-        "attention": fitted.attention,
+        "best_epoch": solved.best_epoch,
+        "selected_by": selected_by if parts.val is not None else None,
+        "precision": solved.precision,
+        "attention": solved.attention,
         "peak_memory": peak_memory(device),
         "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
         "evaluated_split": shown if evaluations else None,
         **(evaluations[shown].details if evaluations else {}),
     }
-
-
-def _parts(splits: Splits) -> dict[str, Any]:
-    return {"train": splits.train, "val": splits.val, "test": splits.test}
