@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from refold.channels import channel_dim
 from refold.errors import SiteError
 from refold.fold import KINDS, kind_of
 from refold.residuals import Branch
@@ -201,7 +202,10 @@ def branch_site(survey: Survey, branch: Branch, slot: str) -> Site:
     shape = _shape(survey, branch.exit) if reads else survey.trace.shapes.get(branch.exit)
     if shape is None:
         raise SiteError("it is called more than once in a forward", where=branch.exit, remedy="Choose other sites")
-    site = _site(survey, branch.exit, slot, shape, _width(survey, branch), branch.source if reads else "", branch.role)
+    site = _site(survey, branch.exit, slot, shape, _width(survey, branch), branch)
+    if reads:
+        assert site.route is not None
+        site = replace(site, route=replace(site.route, source=branch.source))
     if not turns:
         return site
     assert site.route is not None
@@ -277,7 +281,8 @@ def block_site(survey: Survey, path: str, slot: str) -> Site:
     # The last layer that fits: earlier ones, of a squeeze, say, may have as many channels as the maps have columns.
     fitting = [la for la in inside if la.operator.out_width in possible]
     last = max(fitting, key=lambda la: survey.trace.order.get(la.path, -1), default=None)
-    return _site(survey, path, slot, shape, 0 if last is None else last.operator.out_width, "", "")
+    ends = [b for b in _all(survey) if b.exit.startswith(f"{path}.") and survey.trace.shapes.get(b.exit) == shape]
+    return _site(survey, path, slot, shape, 0 if last is None else last.operator.out_width, ends[-1] if ends else None)
 
 
 def block_sites(
@@ -324,29 +329,12 @@ def on_grid(survey: Survey, sites: Iterable[Site]) -> tuple[list[Site], list[Ski
     return found, skipped
 
 
-def _site(survey: Survey, path: str, slot: str, shape: tuple[int, ...], width: int, source: str, role: str) -> Site:
-    kind = kind_of(survey.modules[path])
-    dims = [-1] if len(shape) == 3 else [1 - len(shape), -1]
-    operator = None if kind is None or not kind.returns_product else kind.operator(survey.modules[path])
-    if operator is not None:
-        dims = [operator.channel_dim]
-    found = [dim for dim in dims if len(shape) >= -dim and shape[dim] == (width or shape[-1])]
-    if len(shape) < 3 or not found:
-        raise SiteError(f"features of shape {shape} have no known channels", where=path, remedy="Choose other sites")
-    # Where height or width happens to equal the channels, what the branch's own layers see decides.
-    dim = found[0] if len(found) == 1 else _layer_dim(survey, path, found)
-    prefix, grid, first = _grid(survey, path, shape, dim)
-    route = Route(source, prefix, grid, first)
-    name = "" if kind is None else kind.name
-    return Site(path, slot, name, shape[dim], shape[dim], dim, (), role=role, route=route)
-
-
-def _layer_dim(survey: Survey, path: str, dims: list[int]) -> int:
-    """Of several positions the channels could have, that of the nearest layers, the norms among them."""
-    parent = path.rpartition(".")[0]
-    near = [la for p, la in survey.layers.items() if p.startswith(f"{parent}.")] if parent else []
-    votes = [dims[0] if la.operator.channel_dim not in (-1,) else -1 for la in near]
-    return max(dims, key=votes.count)
+def _site(survey: Survey, path: str, slot: str, shape: tuple[int, ...], width: int, branch: Branch | None) -> Site:
+    """A site on a module that returns features of this shape; ``branch`` is, or ends, what it computes."""
+    dim = channel_dim(survey, path, shape, width, branch)
+    kind, role = kind_of(survey.modules[path]), "" if branch is None or branch.exit != path else branch.role
+    route = Route("", *_grid(survey, path, shape, dim))
+    return Site(path, slot, "" if kind is None else kind.name, shape[dim], shape[dim], dim, (), role=role, route=route)
 
 
 def _grid(survey: Survey, path: str, shape: tuple[int, ...], dim: int) -> tuple[int, str, bool]:

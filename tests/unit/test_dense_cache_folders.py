@@ -77,7 +77,7 @@ def _setting(encoder: Encoder) -> None:
         ({"sizes": [*SIZES[:3], (96, 96)]}, r"image 3 at \[64, 64\], not \[96, 96\]"),
         ({"pixels": {"seed": 1}}, "seed 0, not 1"),
         ({"pixels": {"seed": 0, "augment": "flip"}}, "augment None, not flip"),
-        ({"views": 2}, "views 1, not 2"),
+        ({"views": 2}, "1 views of image 0, not 2"),
         ({"dtype": "float32"}, "dtype bfloat16, not float32"),
     ],
 )

@@ -22,6 +22,7 @@ __all__ = [
     "Data",
     "Decoder",
     "Epochs",
+    "Features",
     "Flip",
     "Force",
     "HeadRate",
@@ -42,6 +43,7 @@ __all__ = [
     "TestList",
     "TrainList",
     "ValList",
+    "Views",
     "Weights",
     "Window",
     "parse_inference",
@@ -87,6 +89,15 @@ Decoder = Annotated[
         "mask_rcnn (default), cascade_mask_rcnn."
     ),
 ]
+Features = Annotated[
+    str | None,
+    typer.Option(
+        help="Dense tasks with E3VA or LinearProbe: compute what the frozen backbone gives once, and keep it in "
+        "'memory' or a folder, which later runs take up again.",
+        metavar="memory|FOLDER",
+    ),
+]
+Views = Annotated[int, typer.Option(help="With --features: augmented views of a training image, shown in turn.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Backbone spec; see `refold models`.")]
 TrainList = Annotated[str | None, typer.Option("--train", help="Explicit training split, relative to DATA.")]
 ValList = Annotated[str | None, typer.Option("--val", help="Explicit validation split.")]

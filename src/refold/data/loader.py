@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Required, TypedDict
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -25,7 +25,17 @@ Plan = tuple[Tensor, Tensor]  # (B,) indices into the image set, and (B, columns
 
 
 class Order(TypedDict, total=False):
-    """Which images make a batch: the fields of :class:`Plans` that a loader's caller chooses."""
+    """Which images make a batch, and how they look: what a loader's caller chooses.
+
+    Attributes:
+        batch_size: images of a step, over all processes together; a multiple of ``world``.
+        shuffle: a new order every epoch, as for training.
+        drop_last: leave out the images of a last batch that is not full.
+        seed: of order and augmentation.
+        rank, world: this process and how many there are.
+        views: how many different augmentations an image has; epochs use them in turn. None, the default, is a new one
+            every epoch.
+    """
 
     batch_size: Required[int]
     shuffle: bool
@@ -33,6 +43,7 @@ class Order(TypedDict, total=False):
     seed: int
     rank: int
     world: int
+    views: int | None
 
 
 class PlannedLoader(ABC):
@@ -71,6 +82,11 @@ class PlannedLoader(ABC):
     def indices(self) -> Tensor:
         """(n,) int64: the images of this process in the coming epoch, in order."""
         return torch.cat([indices for indices, _ in self._plans])
+
+    @property
+    def keys(self) -> list[list[tuple[int, int]]]:
+        """(image, view) of each image of each batch of the coming epoch; see :class:`Order`."""
+        return [[(index, self._plans.view) for index in indices.tolist()] for indices, _ in self._plans]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, of the next iteration.
@@ -113,15 +129,11 @@ class Loader(PlannedLoader):
     Args:
         image_set: what to read.
         preprocessing: evaluation preprocessing; has 1 or 3 channels. One-channel sets are repeated for three.
-        batch_size: images of a step, over all processes together; a multiple of ``world``.
         augment: ``"none"``, ``"flip"``, ``"light"``, ``"randaugment"`` or a policy of timm, see
             :mod:`refold.data.augmentation`; None is ``"none"``.
-        shuffle: a new order every epoch, as for training.
-        drop_last: leave out the images of a last batch that is not full.
-        seed: of order and augmentation.
-        rank, world: this process and how many there are.
         workers: processes that read ahead, where images are decoded at every pass or augmented one by one; at most
             the CPUs there are. 0 does it in this process.
+        order: the fields of :class:`Order`, of which ``batch_size`` is needed.
 
     Raises:
         DataError: an argument out of range, an empty loader, or a file that cannot be decoded.
@@ -132,14 +144,9 @@ class Loader(PlannedLoader):
         image_set: ImageSet,
         preprocessing: Preprocessing,
         *,
-        batch_size: int,
         augment: str | None = None,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
         workers: int = 0,
+        **order: Unpack[Order],
     ) -> None:
         if preprocessing.channels not in MODES:
             raise DataError(
@@ -150,16 +157,7 @@ class Loader(PlannedLoader):
         std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
         mean = torch.tensor(preprocessing.mean, dtype=torch.float64)[:, None, None]
         self._scale, self._shift = (1 / (255 * std)).float(), (-mean / std).float()
-        plans = Plans(
-            count=len(image_set),
-            columns=self._augmentation.columns,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            seed=seed,
-            rank=rank,
-            world=world,
-        )
+        plans = Plans(count=len(image_set), columns=self._augmentation.columns, **order)
         if image_set.hold(self._augmentation.rendering) and not self._augmentation.slow:
             workers = min(workers, 0)  # nothing to read ahead
         super().__init__(_Batches(image_set, self._augmentation), plans, workers)
@@ -172,7 +170,7 @@ class Loader(PlannedLoader):
 
 @dataclass(eq=False, kw_only=True)
 class Plans(Sampler[Plan]):
-    """What each batch of this process consists of.
+    """What each batch of this process consists of: :class:`Order` of ``count`` images, with ``columns`` random numbers.
 
     Raises:
         DataError: an argument out of range, or no image.
@@ -186,6 +184,7 @@ class Plans(Sampler[Plan]):
     seed: int = 0
     rank: int = 0
     world: int = 1
+    views: int | None = None
     epoch: int = 0
 
     def __post_init__(self) -> None:
@@ -195,12 +194,19 @@ class Plans(Sampler[Plan]):
             raise DataError(
                 f"must be a positive multiple of {self.world} processes, not {self.batch_size}", where="batch_size"
             )
+        if self.views is not None and self.views < 1:
+            raise DataError(f"must be 1 or more, not {self.views}", where="views")
         if not self.count:
             raise DataError("the image set is empty", where="image_set")
         if self.drop_last and self.count < self.batch_size:
             raise DataError(
                 f"{self.count} images are no full batch of {self.batch_size}", where="batch_size", remedy="Lower it"
             )
+
+    @property
+    def view(self) -> int:
+        """Which augmentation every image has in this epoch."""
+        return self.epoch if self.views is None else self.epoch % self.views
 
     @property
     def total(self) -> int:
@@ -218,7 +224,7 @@ class Plans(Sampler[Plan]):
         if self.shuffle:
             order = torch.randperm(self.count, generator=generator(self.seed, self.epoch, "order"))
         order = order[torch.arange(self.total) % self.count]
-        source = generator(self.seed, self.epoch, "augmentation")
+        source = generator(self.seed, self.view, "augmentation")
         draws = torch.rand(self.count, self.columns, dtype=torch.float64, generator=source)
         for indices in order[self.rank :: self.world].split(self.batch_size // self.world):
             if len(indices):

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from refold.errors import DataError
 from refold.fingerprint import body_tensors, compare, fingerprint
 from refold.hosting import adapter_parameters, hosted
 
-__all__ = ["CachedEncoder", "Estimate", "estimate", "identify"]
+__all__ = ["CachedEncoder", "Estimate", "Key", "estimate", "identify"]
 
 Key = tuple[int, int]  # image and view, from 0
 #: Numbers of each tensor of a forward that are compared, and how far they may be from each other on another machine.
@@ -35,15 +36,19 @@ _SAMPLES, _TOLERANCE = 64, 0.05
 
 
 def estimate(
-    encoder: Encoder, sizes: Iterable[tuple[int, int]], *, views: int = 1, dtype: str = "bfloat16"
+    encoder: Encoder, sizes: Iterable[tuple[int, int]], *, views: int | Sequence[int] = 1, dtype: str = "bfloat16"
 ) -> Estimate:
     """What a cache of images of these ``sizes`` (height, width) would take; nothing is written.
+
+    Args:
+        encoder, sizes, views, dtype: as for :class:`CachedEncoder`.
 
     Raises:
         SiteError: the encoder's features cannot be cached, see :class:`refold.dense.replay.Replay`.
         DataError: ``views`` or ``dtype`` out of range, or no image.
     """
-    return Records.needed(_lengths(Replay(encoder), list(sizes), views), dtype)
+    known = list(sizes)
+    return Records.needed(_lengths(Replay(encoder), known, _views(views, len(known))), dtype)
 
 
 def identify(paths: Iterable[str | Path]) -> list[str]:
@@ -69,14 +74,14 @@ class CachedEncoder:
         with cached.serving([(image, view), ...]):
             outputs = model(images)
 
-    Views are counted from 0, at most ``views`` an image; that view v of an image looks the same each time is the
-    caller's part. What draws in the backbone in training mode (DropPath, dropout) is off, as in evaluation.
+    Views are counted from 0; that view v of an image looks the same each time is the caller's part. What draws in the
+    backbone in training mode (DropPath, dropout) is off, as in evaluation.
 
     Args:
         encoder: its body is frozen, and carries E3VA or nothing. On the device of the training, and under its autocast.
         images: what tells each image apart, see :func:`identify`.
         sizes: (height, width) of each as the encoder sees it: resized, augmented and padded. All views have it.
-        views: of each image.
+        views: how many an image has; a number for all, or one for each.
         pixels: whatever else the views are a function of (preprocessing, augmentation, seed), as plain data.
         folder: where records are kept; taken up again if it is there. None keeps them in memory.
         dtype: ``"bfloat16"`` or ``"float32"``, of the records.
@@ -97,17 +102,18 @@ class CachedEncoder:
         images: Sequence[str],
         sizes: Sequence[tuple[int, int]],
         *,
-        views: int = 1,
+        views: int | Sequence[int] = 1,
         pixels: Mapping[str, Any] | None = None,
         folder: str | Path | None = None,
         dtype: str = "bfloat16",
     ) -> None:
         if len(images) != len(sizes):
             raise DataError(f"{len(images)} images have {len(sizes)} sizes", where="sizes")
-        self.encoder, self._views = encoder, views
+        self.encoder, self._views = encoder, _views(views, len(images))
+        self._first = [0, *accumulate(self._views)]  # record of each image
         self._sizes = [(int(height), int(width)) for height, width in sizes]
         self._replay, self._precision = Replay(encoder), precision_of(encoder.body)
-        lengths = _lengths(self._replay, self._sizes, views)
+        lengths = _lengths(self._replay, self._sizes, self._views)
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             self._records = Records(lengths, dtype)
@@ -119,7 +125,7 @@ class CachedEncoder:
                 "reads": self._replay.reads,
                 "pixels": dict(pixels or {}),
                 "dtype": dtype,
-                "views": views,
+                "views": self._views,
                 "sizes": self._sizes,
                 "images": list(images),
             }
@@ -164,9 +170,10 @@ class CachedEncoder:
 
     def _slot(self, key: Key) -> int:
         image, view = key
-        if not (0 <= image < len(self._sizes) and 0 <= view < self._views):
-            raise DataError(f"is not among {len(self._sizes)} images of {self._views} views", where=_name(key))
-        return image * self._views + view
+        if not (0 <= image < len(self._sizes) and 0 <= view < self._views[image]):
+            views = " or ".join(str(number) for number in sorted(set(self._views)))
+            raise DataError(f"is not among {len(self._sizes)} images of {views} views", where=_name(key))
+        return self._first[image] + view
 
     def _check(self, images: Tensor, keys: Sequence[Key]) -> tuple[int, int]:
         """The size of a batch."""
@@ -212,12 +219,20 @@ class CachedEncoder:
         return taps
 
 
-def _lengths(replay: Replay, sizes: Sequence[tuple[int, int]], views: int) -> list[int]:
+def _views(views: int | Sequence[int], images: int) -> list[int]:
+    """How many views each image has."""
+    found = [views] * images if isinstance(views, int) else list(views)
+    if len(found) != images:
+        raise DataError(f"{images} images have {len(found)} numbers of views", where="views")
+    if any(number < 1 for number in found):
+        raise DataError(f"must be 1 or more, not {min(found)}", where="views")
+    return found
+
+
+def _lengths(replay: Replay, sizes: Sequence[tuple[int, int]], views: Sequence[int]) -> list[int]:
     """Numbers in the record of each view of each image, all views of an image in a row."""
-    if views < 1:
-        raise DataError(f"must be 1 or more, not {views}", where="views")
     found = {size: sum(tap.elements for tap in replay.taps(size)) for size in dict.fromkeys(sizes)}
-    return [found[size] for size in sizes for _ in range(views)]
+    return [found[size] for size, number in zip(sizes, views, strict=True) for _ in range(number)]
 
 
 def _name(key: Key) -> str:
@@ -252,7 +267,7 @@ def _difference(tensors: dict[str, Tensor], found: dict[str, Any], header: dict[
     if found["backbone"] != header["backbone"]:
         named = compare(found["backbone"], tensors)
         return f"the backbone, {named or 'whose weights differ a little'}"
-    for name in ("precision", "reads", "dtype", "views"):
+    for name in ("precision", "reads", "dtype"):
         if found[name] != header[name]:
             return f"{name} {found[name]}, not {header[name]}"
     for name in sorted({*found["pixels"], *header["pixels"]}):
@@ -265,6 +280,9 @@ def _difference(tensors: dict[str, Tensor], found: dict[str, Any], header: dict[
         for k, (then, now) in enumerate(zip(found[name], header[name], strict=True)):
             if then != now:
                 return f"image {k} has another content" if name == "images" else f"image {k} at {then}, not {now}"
+    for k, (then, now) in enumerate(zip(found["views"], header["views"], strict=True)):
+        if then != now:
+            return f"{then} views of image {k}, not {now}"
     for then, now in zip(found["forward"], header["forward"], strict=True):
         a, b = (torch.tensor(side, dtype=torch.float64) for side in (then, now))
         if not (a - b).norm() <= _TOLERANCE * a.norm():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,8 +15,10 @@ from refold.backbones import with_normalization
 from refold.backbones.files import cache_dir
 from refold.data.coco_files import BACKGROUND
 from refold.dense.building import attach_to, build, default_decoder
-from refold.dense.encoder import LoadedEncoder, load_encoder
+from refold.dense.encoder import Encoder, LoadedEncoder, load_encoder
+from refold.dense.features import Features
 from refold.dense.packaged import PACKAGED, packaged
+from refold.dense.replay import Replay
 from refold.dense.shapes import shapes
 from refold.detection import BoxSet, BoxSplits, load_boxes
 from refold.detection.problem import DetectionProblem, detect, metrics_of
@@ -90,11 +92,14 @@ def train_dense(
     """:func:`refold.train` of a dense task, in a folder that was checked."""
     parts = load_parts(config)
     model, preprocessing = build_dense(config, parts.classes)
+    features = None if config.features is None else Features(config.features, config.views)
+    if features is not None:
+        Replay(cast(Encoder, model.encoder))  # complains now of a method whose features cannot be cached
     accelerator.wait_for_everyone()  # all have looked at the folder before the first one writes
     folder.open(config)
     solved = solve(
         model,
-        make_problem(model, parts, preprocessing, config),
+        make_problem(model, parts, preprocessing, config, features),
         config,
         folder=folder,
         resume=resume,
@@ -123,6 +128,8 @@ def train_dense(
         task=task, selected_by=config.select or ("miou" if task == "segment" else "ap"),
     )  # fmt: skip
     summary["decoder"] = default_decoder(task, config.decoder)
+    if features is not None and features.cached is not None:
+        summary["features"] = {"kept": config.features, "bytes": features.cached.estimate.total}
     folder.write_json("summary.json", summary)
     accelerator.wait_for_everyone()  # when any process returns, the folder is complete
     return TrainResult(
@@ -215,14 +222,20 @@ def build_plain(config: TrainConfig, classes: list[str]) -> tuple[nn.Module, Loa
 
 
 def make_problem(
-    model: Any, parts: MaskSplits | BoxSplits, preprocessing: Preprocessing, recipe: Recipe
+    model: Any,
+    parts: MaskSplits | BoxSplits,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    features: Features | None = None,
 ) -> Callable[[Accelerator, str], Problem]:
     """What :func:`refold.training.loop.solve` trains."""
 
     def problem(accelerator: Accelerator, precision: str) -> Problem:
         if isinstance(parts, MaskSplits):
-            return SegmentationProblem(model, parts.train, parts.val, preprocessing, recipe, accelerator, precision)
-        return DetectionProblem(model, parts.train, parts.val, recipe, accelerator, precision)
+            return SegmentationProblem(
+                model, parts.train, parts.val, preprocessing, recipe, accelerator, precision, features
+            )
+        return DetectionProblem(model, parts.train, parts.val, recipe, accelerator, precision, features)
 
     return problem
 

@@ -27,8 +27,7 @@ class BoxLoader(PlannedLoader):
         box_set: what to read.
         augment: one of :data:`refold.detection.augmentation.AUGMENTATIONS`; None is ``"none"``.
         workers: processes that read ahead, at most the CPUs there are. 0 does it in this process.
-        order: ``batch_size``, ``shuffle``, ``drop_last``, ``seed``, ``rank`` and ``world``, as for
-            :class:`refold.data.Loader`.
+        order: as for :class:`refold.data.Loader`.
 
     Raises:
         DataError: an argument out of range, an empty loader, or a file that cannot be decoded.

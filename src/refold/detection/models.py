@@ -55,6 +55,7 @@ class Detector(nn.Module):
     classes: int
     # torchvision's own, typed by it as any module.
     backbone: Any
+    transform: Any
     rpn: Any
     roi_heads: Any
     head: Any

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,7 @@ def evaluate(
     classes: list[str],
     inference: Inference | None = None,
     device: torch.device | str = "cpu",
+    around: Callable[[int], AbstractContextManager[Any]] | None = None,
 ) -> PixelConfusion:
     """Confusion of a model's predictions, at the size of each mask.
 
@@ -112,14 +115,16 @@ def evaluate(
         pairs: images (B, C, h, w) and masks (B, H, W), such as :func:`refold.segmentation.evaluation_pairs`.
         classes: names in the order of the logits.
         inference: None sees whole images, at one scale.
+        around: what the model runs in, given the number of the pair from 0.
 
     Raises:
         DataError: as :class:`Inference` and :meth:`PixelConfusion.update`.
     """
     inference = inference or Inference()
     confusion = PixelConfusion(classes)
-    for images, masks in pairs:
-        scores = inference(model, images.to(device), (masks.shape[-2], masks.shape[-1]))
+    for k, (images, masks) in enumerate(pairs):
+        with nullcontext() if around is None else around(k):
+            scores = inference(model, images.to(device), (masks.shape[-2], masks.shape[-1]))
         confusion.update(scores.argmax(dim=1), masks.to(device))
     return confusion
 

@@ -29,7 +29,7 @@ from refold.preprocessing import Preprocessing
 from refold.segmentation.data import MaskSet
 from refold.segmentation.labels import IGNORE
 
-__all__ = ["AUGMENTATIONS", "MaskLoader", "as_input", "evaluation_pairs"]
+__all__ = ["AUGMENTATIONS", "MaskLoader", "as_input", "evaluation_pairs", "input_size"]
 
 #: Names that :class:`MaskLoader` takes.
 AUGMENTATIONS = ("none", "flip", "standard")
@@ -47,8 +47,7 @@ class MaskLoader(PlannedLoader):
         preprocessing: of the encoder; 1 or 3 channels.
         augment: one of :data:`AUGMENTATIONS`.
         workers: processes that read ahead; at most the CPUs there are. 0 does it in this process.
-        order: ``batch_size``, ``shuffle``, ``drop_last``, ``seed``, ``rank`` and ``world``, as for
-            :class:`refold.data.loader.Loader`.
+        order: as for :class:`refold.data.Loader`.
 
     Raises:
         DataError: an argument out of range, fewer images than a full batch with ``drop_last``; while iterating, what
@@ -106,13 +105,25 @@ def as_input(image: Tensor, preprocessing: Preprocessing, short_side: int | None
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 
+    size = input_size(image.shape[-2], image.shape[-1], preprocessing, short_side)
+    with one_torch_thread():
+        image = functional.resize(image, list(size), InterpolationMode(preprocessing.interpolation), antialias=True)
+        return _Normalise(preprocessing)(image[None])
+
+
+def input_size(height: int, width: int, preprocessing: Preprocessing, short_side: int | None = None) -> tuple[int, int]:
+    """(height, width) of :func:`as_input` for an image of this size.
+
+    Raises:
+        DataError: a negative side.
+    """
     side = min(preprocessing.size) if short_side is None else short_side
     if side < 0:
         raise DataError(f"must be 0 or more, not {side}", where="short_side")
-    with one_torch_thread():
-        if side:
-            image = functional.resize(image, [side], InterpolationMode(preprocessing.interpolation), antialias=True)
-        return _Normalise(preprocessing)(image[None])
+    if not side:
+        return height, width
+    longer = side * max(height, width) // min(height, width)
+    return (side, longer) if height <= width else (longer, side)
 
 
 class _Normalise:

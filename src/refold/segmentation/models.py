@@ -50,17 +50,18 @@ class Segmenter(nn.Module):
         height, width = images.shape[-2:]
         if not images.numel():
             raise DataError(f"there is no pixel in images of shape {tuple(images.shape)}", where="images")
-        padded = F.pad(images, self._padding(height, width))
-        size = padded.shape[-2:]
+        size = self.padded(height, width)
+        padded = F.pad(images, (0, size[1] - width, 0, size[0] - height))
         outputs = self.decoder(padded, self.encoder(padded))
         logits = [
             F.interpolate(o, size=size, mode="bilinear", align_corners=False)[..., :height, :width] for o in outputs
         ]
         return logits if len(logits) > 1 else logits[0]
 
-    def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Columns left and right, rows above and below."""
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) at which the encoder sees an image of this size."""
         if self.encoder.fixed_size is not None:
             rows, columns = self.encoder.fixed_size
-            return 0, max(columns - width, 0), 0, max(rows - height, 0)
-        return 0, -width % self.decoder.multiple, 0, -height % self.decoder.multiple
+            return max(rows, height), max(columns, width)
+        multiple = self.decoder.multiple
+        return height + -height % multiple, width + -width % multiple

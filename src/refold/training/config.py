@@ -18,7 +18,7 @@ __all__ = ["Recipe", "TrainConfig"]
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "default", "math", "math-bf16")
 #: Settings that may differ when a run is resumed: where it lies and how fast images are decoded.
-FREE_SETTINGS = ("output", "workers", "cache")
+FREE_SETTINGS = ("output", "workers", "cache", "features")
 RUN_FACTS = ("environment", "command")  # what config.json holds beside the settings
 DENSE_TASKS = ("segment", "detect", "instance")
 BATCH_SIZES = {"segment": 16, "detect": 2, "instance": 2}
@@ -191,6 +191,10 @@ class TrainConfig(Recipe):
         pretrained: False starts from random backbone weights.
         in_chans: input channels; None means what the backbone was trained with.
         image_size: side of the model's input in pixels; None means the backbone's own.
+        features: keep what a frozen backbone gives E3VA or a linear probe of a dense task, so that it sees each view
+            of an image once: ``"memory"``, or a folder, which a later run with the same backbone takes up again. None
+            runs the backbone at every step.
+        views: with ``features``, how many augmented views a training image has; epochs show them in turn.
         normalize: ``"model"`` (the backbone's own mean and std), ``"imagenet"``, ``"inception"``
             (inputs in [-1, 1]) or ``"none"`` (inputs in [0, 1]).
         crop: ``"squash"`` resizes straight to the input size (the VTAB recipe), ``"center"`` cuts the centre.
@@ -214,6 +218,8 @@ class TrainConfig(Recipe):
     fractions: tuple[float | None, float | None, float | None] = (0.8, 0.2, 0.0)
     skip_bad_images: bool = False
     cache: str = "auto"
+    features: str | None = None
+    views: int = 1
     model: str
     weights: str | None = None
     pretrained: bool = True
@@ -231,16 +237,20 @@ class TrainConfig(Recipe):
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", BATCH_SIZES.get(self.task or "", Recipe.batch_size))
         super().__post_init__()
-        for name in ("data", "train", "val", "test", "weights", "start", "output"):
+        for name in ("data", "train", "val", "test", "weights", "start", "output", "features"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         for name in ("data", "model", "output", "cache"):
             self._text(name)
-        for name in ("decoder", "train", "val", "test", "target", "weights", "start"):
+        for name in ("decoder", "train", "val", "test", "target", "weights", "start", "features"):
             self._text(name, optional=True)
         self._choice("task", (None, *DENSE_TASKS))
-        if self.decoder is not None and self.task is None:
-            raise DataError("is for dense tasks", where="decoder", remedy=f"Set task to {', '.join(DENSE_TASKS)}")
+        for name in ("decoder", "features"):
+            if getattr(self, name) is not None and self.task is None:
+                raise DataError("is for dense tasks", where=name, remedy=f"Set task to {', '.join(DENSE_TASKS)}")
+        self._integer("views", least=1)
+        if self.views > 1 and self.features is None:
+            raise DataError("is for cached features", where="views", remedy="Set features")
         for name in ("skip_bad_images", "pretrained", "evaluate_test"):
             if not isinstance(getattr(self, name), bool):
                 raise DataError(f"must be true or false, not {getattr(self, name)!r}", where=name)
