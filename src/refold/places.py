@@ -349,8 +349,20 @@ def _grid(survey: Survey, path: str, shape: tuple[int, ...], dim: int) -> tuple[
     for other, found in survey.trace.shapes.items():
         if len(found) != 4 or order[other] > order[path] or path.startswith(f"{other}."):
             continue  # it has not returned when the host runs
+        fitting = []
         for first in (True, False):
             channels, rows, columns = (found[1], found[2], found[3]) if first else (found[3], found[1], found[2])
             if channels == shape[-1] and rows * columns <= shape[1]:
-                best = max(best, (rows * columns, order[other], other, first))
+                fitting.append((rows * columns, order[other], other, first))
+        if len(fitting) > 1:
+            fitting = [one for one in fitting if one[-1] == _is_first(survey, other, found)]
+        best = max([best, *fitting])
     return (shape[1] - best[0] if best[2] else 0), best[2], best[3]
+
+
+def _is_first(survey: Survey, path: str, shape: tuple[int, ...]) -> bool | None:
+    """Whether a module returns its channels before the grid; None where this cannot be told."""
+    try:
+        return channel_dim(survey, path, shape, 0, None) != -1
+    except SiteError:
+        return None

@@ -36,6 +36,15 @@ def metaformer() -> nn.Module:
     return MetaFormer(num_classes=3, depths=(1, 1), dims=(32, 64), token_mixers=SepConv, norm_layers=LayerNorm2dNoBias)
 
 
+def pvt() -> nn.Module:
+    """Its adapters read the grid of the tokens off maps with the channels last."""
+    from timm.models.pvt_v2 import PyramidVisionTransformerV2
+
+    return PyramidVisionTransformerV2(
+        num_classes=3, depths=(1, 1, 1, 1), embed_dims=(16, 24, 32, 40), num_heads=(1, 1, 2, 2)
+    )
+
+
 def transformers_convnext() -> nn.Module:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
@@ -62,19 +71,23 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], refold.Method, tuple[int, ...
     "convnext, E3VA": (lambda size: features(), refold.E3VA(rank=2), (96, 256)),
     "resnet": (lambda size: resnet(), refold.Adapter(), (128, 256)),
     "metaformer": (lambda size: metaformer(), refold.Adapter(), (128, 512)),
+    "pvt": (lambda size: pvt(), refold.Adapter(), (64, 192)),
     "transformers": (lambda size: transformers_convnext(), refold.Mona(hidden=4), (64, 192)),
     "torchvision": (lambda size: torchvision_convnext(), refold.AdaptFormer(hidden=4), (64, 192)),
     "swin": (swin, refold.E3VA(rank=2), (64, 256)),
 }
 
 
-def channels(name: str, size: int) -> dict[tuple[str, str], tuple[int, int]]:
+def channels(name: str, size: int) -> dict[tuple[str, str], tuple[int, int, bool | None]]:
     make, method, _ = CASES[name]
     torch.manual_seed(0)
     model = refold.attach(make(size), method, example=torch.randn(1, 3, size, size))
     state = state_of(model)
     assert state is not None
-    return {(site.path, site.slot): (site.channel_dim, site.width) for site in state.record().sites}
+    return {
+        (site.path, site.slot): (site.channel_dim, site.width, site.route and site.route.grid_first)
+        for site in state.record().sites
+    }
 
 
 @pytest.mark.parametrize("name", list(CASES))
