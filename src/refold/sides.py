@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from refold.adapters import Adapter, Layout, SideAdapter, TokenAdapter
+from refold.adapters.recall import Forward
 from refold.errors import SiteError
 from refold.positions import Covered, Insertion, cover, spread, uncover
 from refold.probe import tensors_of
@@ -309,11 +310,15 @@ def _read_own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return (args, kwargs) if changed else None
 
 
-def _begin(model: nn.Module, args: tuple[Any, ...]) -> None:
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """When the model's forward begins."""
-    for found in _wires(model, "model"):
-        if isinstance(found.adapter, SideAdapter):
-            found.adapter.begin()
+    adapters = [found.adapter for found in _wires(model, "model") if isinstance(found.adapter, SideAdapter)]
+    forward = None
+    # Compiled code keeps what a backward pass needs, and runs nothing again but as it decides itself.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(a.reruns for a in adapters):
+        forward = Forward(model, args, kwargs)
+    for adapter in adapters:
+        adapter.begin(forward)
 
 
 def _require_out(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -376,7 +381,7 @@ def wire(model: nn.Module, slot: Slot, name: str, site: Site) -> Wire:
             host.register_forward_hook(_uncover, always_call=True)
     _tap(model, "model", new)
     if _release not in model._forward_hooks.values():
-        model.register_forward_pre_hook(_begin)
+        model.register_forward_pre_hook(_begin, with_kwargs=True)
         model.register_forward_hook(_require_out)
         model.register_forward_hook(_release, always_call=True)
     return new

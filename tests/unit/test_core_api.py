@@ -124,7 +124,7 @@ METHODS = {
         "start": "zero",
         "skip": True,
         "tap": "branch",
-        "recompute": True,
+        "recompute": "inside",
         "sites": None,
     },
     "ProTuning": {"hidden": 64, "activation": "gelu", "sites": None},

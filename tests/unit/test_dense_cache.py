@@ -34,7 +34,14 @@ from refold.training.precision import reduced_precision
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("name", ["swin", "convnext", "tokens"])
 @pytest.mark.parametrize(
-    "method", [refold.E3VA(rank=3), refold.E3VA(rank=3, start="stem", skip=False, tap="stream"), refold.LinearProbe()]
+    "method",
+    [
+        refold.E3VA(rank=3),
+        refold.E3VA(rank=3, start="stem", skip=False, tap="stream", recompute="taps"),
+        refold.LST(),
+        refold.LinearProbe(),
+    ],
+    ids=["E3VA", "E3VA otherwise", "LST", "LinearProbe"],
 )
 def test_losses_are_those_without_a_cache(method, name, where, tmp_path):
     """DropPath of 0.5 in the backbone: without a cache it is in evaluation mode, with one in training mode."""
@@ -48,7 +55,7 @@ def test_losses_are_those_without_a_cache(method, name, where, tmp_path):
     found, expected = losses_of(model, cached, blank=True), losses_of(plain, None)
     assert counted.images == COUNT * VIEWS
     assert found == pytest.approx(expected, rel=2e-5)
-    assert abs(expected[-1] - expected[0]) > 1e-2
+    assert abs(expected[-1] - expected[0]) > 5e-3
     for (key, a), (_, b) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         if a.requires_grad:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=key)
@@ -125,7 +132,6 @@ def _stir(encoder: Encoder) -> None:
     [
         refold.LoRA(rank=2),
         refold.RepAdapter(rank=2),
-        refold.LST(),
         refold.DTL(),
         refold.VPT(),
         refold.SSF(),

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from refold.adapters.ladder import Carrier
+from refold.adapters.recall import Forward, Recall
 from refold.adapters.side import Layout
 
 __all__ = ["Highway", "Joint", "Junction", "Ramp", "ReadOut"]
@@ -21,6 +22,8 @@ class Highway(Carrier):
     Nothing of it is remembered for a gradient checkpoint's second run, which is refused: in a backbone without a graph
     it would save nothing, and what is remembered would cost what a highway is there to save.
     """
+
+    beside = True
 
     def _take(self, given: Tensor) -> Any:
         assert self.before is not None
@@ -48,16 +51,16 @@ class Ramp(Highway):
 class Junction(Highway):
     """``h <- h + U1 U2 GELU(D1 D2 z + p) + q``; adds nothing to the backbone.
 
-    D2 (rank, width), D1 (hidden, rank), U2 (rank, hidden), U1 (width, rank), as torch starts linear layers. With
-    ``recompute`` the backward pass computes what lies behind D2 z, of ``rank`` channels, again: beside the features z
-    that D2's gradient needs, nothing wide is kept.
+    D2 (rank, width), D1 (hidden, rank), U2 (rank, hidden), U1 (width, rank), as torch starts linear layers.
 
     Args:
         width: channels of z and h.
         hidden: channels of the bottleneck.
         rank: of its two projections.
         empty: start with U1 and q zero, which adds nothing.
-        recompute: see above.
+        recompute: what the backward pass computes again. ``"inside"``: all behind D2 z, of ``rank`` channels, so that
+            nothing wide is kept but the features z, which D2's gradient needs. ``"taps"``: these as well, by running
+            the model again, where nothing in it trains. ``"nothing"``.
     """
 
     def __init__(
@@ -67,12 +70,14 @@ class Junction(Highway):
         rank: int,
         *,
         empty: bool,
-        recompute: bool,
+        recompute: str,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.recalled: Tensor | None = None
+        self._recall: Recall | None = None
         self.down = nn.Sequential(
             nn.Linear(width, rank, bias=False, device=device, dtype=dtype),
             nn.Linear(rank, hidden, device=device, dtype=dtype),
@@ -85,30 +90,76 @@ class Junction(Highway):
             for parameter in self.up[1].parameters():
                 nn.init.zeros_(parameter)
 
+    @property
+    def reruns(self) -> bool:  # type: ignore[override]
+        return self.recompute == "taps"
+
+    @property
+    def projection(self) -> Tensor:
+        return self.down.get_parameter("0.weight")
+
+    def begin(self, forward: Forward | None) -> None:
+        super().begin(forward)
+        self._recall = None
+        if forward is not None and self.reruns:
+            self._recall = forward.recall
+            self._recall.readers.append(self)
+
+    def release(self) -> None:
+        super().release()
+        if self._recall is not None:
+            self._recall.token = None  # whose graph would hold the notes that hold it
+        self._recall = None
+
     def _widen(self, codes: Tensor) -> Tensor:
         return self.up(F.gelu(self.down[1](codes)))
 
     def forward(self, x: Tensor, layout: Layout) -> None:
-        codes = self.down[0](_rows(x, layout))
-        if self.recompute and codes.requires_grad:
+        rows, left = _rows(x, layout), self.taken()
+        if self.recalled is not None:  # the model runs again in the backward pass
+            gradient = self.recalled.flatten(0, 1)
+            self.recalled = (gradient.T @ rows.flatten(0, 1).to(gradient.dtype)).to(self.projection.dtype)
+            self.keep((None,))
+            return
+        if self._recall is not None and not rows.requires_grad:
+            codes = self._recall.codes(self, rows, layout.where)
+        else:
+            codes = self.down[0](rows)
+        if self.recompute != "nothing" and codes.requires_grad:
             added = checkpoint(self._widen, codes, use_reentrant=False, preserve_rng_state=False)
         else:
             added = self._widen(codes)
         # The sum of all that the adapters add, 48 terms on Swin-B, is not for bfloat16.
         added = added.to(next(self.parameters()).dtype)
-        left = self.taken()
         self.keep((added if left is None else left[0] + added,))
 
 
 class Joint(Highway):
-    """``h <- D(h)`` with a module D of the backbone that the features pass between two stages."""
+    """``h <- D(h)`` with a module D of the backbone that the features pass between two stages.
+
+    Args:
+        recompute: compute D(h) again in the backward pass: kept is h.
+    """
+
+    reads = False
+
+    def __init__(self, *, recompute: bool) -> None:
+        super().__init__()
+        self.recompute = recompute
 
     def forward(self, x: Tensor, layout: Layout) -> None:
-        left = self.taken()
-        assert layout.rerun is not None
-        if left is not None:
-            state = layout.rerun(_like(left[0], x, layout).to(x.dtype))
-            left = (_rows(state, layout).to(left[0].dtype),)
+        left, rerun = self.taken(), layout.rerun
+        assert rerun is not None
+
+        def passed(state: Tensor) -> Tensor:
+            return _rows(rerun(_like(state, x, layout).to(x.dtype)), layout).to(state.dtype)
+
+        if left is not None and left[0] is not None:
+            (state,) = left
+            if self.recompute and state.requires_grad:
+                left = (checkpoint(passed, state, use_reentrant=False, preserve_rng_state=False),)
+            else:
+                left = (passed(state),)
         self.keep(left)
 
 
@@ -124,12 +175,14 @@ class ReadOut(Highway):
         self, width: int, *, skip: bool, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.skip = skip
+        self.skip = self.reads = skip
         self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor | None:
         (state,) = left = self.taken()
         self.keep(left)
+        if state is None:  # the model runs again for the taps
+            return None
         features = state + _rows(x, layout) if self.skip else state
         return _like(self.norm(features), x, layout)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from refold.adapters.recall import Forward
 from refold.adapters.side import SideAdapter
 from refold.errors import SiteError
 
@@ -38,7 +39,7 @@ class Carrier(SideAdapter, ABC):
         self._running, self._graded = False, False
         self._taken: WeakIdKeyDictionary | None = None  # host's input -> what was taken
 
-    def begin(self) -> None:
+    def begin(self, forward: Forward | None) -> None:
         self._state, self._running, self._graded = None, True, torch.is_grad_enabled()
 
     def arrive(self, given: Tensor, where: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from refold.adapters.base import Adapter
+from refold.adapters.recall import Forward
 from refold.errors import SiteError
 
 __all__ = ["Layout", "SideAdapter", "TokenAdapter"]
@@ -75,7 +76,17 @@ class Layout:
 
 
 class SideAdapter(Adapter, ABC):
-    """Reads features and gives what is added to the host's output. Runs under autocast in low precision."""
+    """Reads features and gives what is added to the host's output. Runs under autocast in low precision.
+
+    Attributes:
+        reruns: whether its backward pass runs the model's forward again.
+        beside: whether it, and those in a row with it, give nothing to the backbone but to what the model returns.
+        reads: whether it looks at more than the shape of what it is given.
+    """
+
+    reruns: bool = False
+    beside: bool = False
+    reads: bool = True
 
     @abstractmethod
     def forward(self, x: Tensor, layout: Layout) -> Tensor | None:
@@ -90,8 +101,8 @@ class SideAdapter(Adapter, ABC):
         """The host's output with what :meth:`forward` gave: their sum, where the paper does not say otherwise."""
         return output + added.to(output.dtype)
 
-    def begin(self) -> None:
-        """Called when the model's forward begins."""
+    def begin(self, forward: Forward | None) -> None:
+        """Called when the model's forward begins; ``forward`` is None unless some adapter ``reruns`` it."""
 
     def arrive(self, given: Tensor, where: str) -> None:
         """Called with the host's input, the same tensor when a gradient checkpoint runs the host again, and its path.

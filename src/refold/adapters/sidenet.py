@@ -27,6 +27,8 @@ class Entry(Carrier):
         side: channels of the state.
     """
 
+    beside = True
+
     def __init__(
         self, width: int, side: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -64,6 +66,8 @@ class Rung(Carrier):
         side: channels of the state.
     """
 
+    beside = True
+
     def __init__(
         self, width: int, side: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -99,6 +103,8 @@ class Exit(Carrier):
         width: channels d of the backbone.
         side: channels of the state.
     """
+
+    beside = True
 
     def __init__(
         self, width: int, side: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -92,7 +92,7 @@ Decoder = Annotated[
 Features = Annotated[
     str | None,
     typer.Option(
-        help="Dense tasks with E3VA or LinearProbe: compute what the frozen backbone gives once, and keep it in "
+        help="Dense tasks with E3VA, LST or LinearProbe: compute what the frozen backbone gives once, and keep it in "
         "'memory' or a folder, which later runs take up again.",
         metavar="memory|FOLDER",
     ),

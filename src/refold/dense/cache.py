@@ -78,7 +78,8 @@ class CachedEncoder:
     backbone in training mode (DropPath, dropout) is off, as in evaluation.
 
     Args:
-        encoder: its body is frozen, and carries E3VA or nothing. On the device of the training, and under its autocast.
+        encoder: its body is frozen, and carries E3VA, LST or nothing. On the device of the training, and under its
+            autocast.
         images: what tells each image apart, see :func:`identify`.
         sizes: (height, width) of each as the encoder sees it: resized, augmented and padded. All views have it.
         views: how many an image has; a number for all, or one for each.

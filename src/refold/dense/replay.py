@@ -1,10 +1,11 @@
 """What an encoder gives, made of what its frozen backbone computed once.
 
-A highway (:mod:`refold.adapters.highway`) reads the backbone and gives nothing back before a map is read out, so its
+E3VA's highway and LST's side network read the backbone and give nothing back before a map is read out, so their
 adapters can run on what they read without the backbone around them. Hooks on the adapters note, in one forward, what
 each is given and in which order; a replay calls them in this order with the same. What the body makes of what is read
 out is not run either: it must be the layout alone, or one frozen LayerNorm and the layout. All this is proved for every
-image size, with random adapters, before it is used. Without adapters (a linear probe) what is kept is the maps.
+image size, with random adapters, before it is used. Maps that no adapter changes are kept themselves: all of them
+without adapters (a linear probe), those of the early stages with LST.
 
 As in evaluation: what draws in a backbone in training mode (DropPath, dropout) is off.
 """
@@ -25,7 +26,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from refold.adapters import Layout
-from refold.adapters.highway import Highway, Joint, ReadOut
+from refold.adapters.ladder import Carrier
 from refold.dense.encoder import Encoder
 from refold.errors import SiteError
 from refold.hosting import hosted
@@ -91,8 +92,8 @@ class _Tail:
     norm: nn.LayerNorm | None
     size: tuple[int, int]
 
-    def __call__(self, results: Sequence[Tensor]) -> Tensor:
-        x = results[self.source]
+    def __call__(self, results: Sequence[tuple[Wire, Tensor]]) -> Tensor:
+        _, x = results[self.source]
         if self.norm is None and self.channel_dim == -3:
             return x
         x = x.movedim(self.channel_dim, -1)
@@ -105,8 +106,16 @@ class _Tail:
 
 @dataclass(frozen=True)
 class _Program:
+    """What an encoder does with images of one size.
+
+    Attributes:
+        steps: the adapters' calls.
+        tails: how each map is made of their results; None for a map that is kept itself.
+        taps: what is kept: what adapters read, then maps.
+    """
+
     steps: tuple[_Step, ...]
-    tails: tuple[_Tail, ...]
+    tails: tuple[_Tail | None, ...]
     taps: tuple[Tap, ...]
 
 
@@ -114,11 +123,11 @@ class Replay:
     """An encoder in two halves: what its frozen backbone computes, and what is made of it.
 
     Args:
-        encoder: its body is frozen, and carries E3VA or nothing.
+        encoder: its body is frozen, and carries E3VA, LST or nothing.
 
     Attributes:
         encoder: as above.
-        reads: what is kept of a forward, as plain data: the same for every rank of E3VA.
+        reads: what is kept of a forward, as plain data: the same for every rank of an adapter.
 
     Raises:
         SiteError: an adapter changes what the backbone computes, or a part of the backbone trains.
@@ -130,9 +139,8 @@ class Replay:
         self._state = state_of(encoder.body)
         self._active = None if self._state is None else self._state.active
         self._programs: dict[tuple[tuple[int, int], str], _Program] = {}
-        self.reads: list[list[Any]] = [[wire.site.path, wire.site.slot] for wire in self._wires if _looks(wire)]
-        if not self._wires:
-            self.reads = [["maps", *pair] for pair in zip(encoder.channels, encoder.strides, strict=True)]
+        self.reads: list[list[Any]] = [[wire.site.path, wire.site.slot] for wire in self._wires if _reads(wire)]
+        self.reads += [["maps", *pair] for pair in zip(encoder.channels, encoder.strides, strict=True)]
 
     def taps(self, size: tuple[int, int]) -> tuple[Tap, ...]:
         """What is kept of an image of this size (height, width).
@@ -148,7 +156,9 @@ class Replay:
         Raises:
             SiteError: as :meth:`taps`.
         """
-        return self._record(self._program((images.shape[-2], images.shape[-1])).steps, images)
+        program = self._program((images.shape[-2], images.shape[-1]))
+        taps, maps = self._record(images)
+        return taps + [one.contiguous() for one, tail in zip(maps, program.tails, strict=True) if tail is None]
 
     def maps(self, taps: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """The encoder's maps of images of this size from their taps, differentiable by the adapters.
@@ -160,10 +170,9 @@ class Replay:
             SiteError: as :meth:`taps`.
         """
         program = self._program(size)
-        if not program.steps:
-            return list(taps)
-        results = self._results(program.steps, taps)
-        return [tail(results) for tail in program.tails]
+        count = sum(step.kept for step in program.steps)
+        kept, results = iter(taps[count:]), self._results(program.steps, taps[:count])
+        return [next(kept) if tail is None else tail(results) for tail in program.tails]
 
     def noise(self, size: tuple[int, int], count: int = 1) -> Tensor:
         """Images of noise as the encoder takes them, the same for the same arguments."""
@@ -183,36 +192,34 @@ class Replay:
             for handle in handles:
                 handle.remove()
 
-    def _record(self, steps: Sequence[_Step], images: Tensor) -> list[Tensor]:
+    def _record(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What the adapters read, copied, and the maps."""
         found: list[Tensor] = []
-        if not steps:
-            return [one.contiguous() for one in self._watched(images, _nothing)]
 
         def note(wire: Wire, x: Tensor, layout: Layout) -> None:
-            if _looks(wire):
+            if _reads(wire):
                 found.append(x.detach().clone())  # the backbone may go on in place
 
-        self._watched(images, note)
-        return found
+        return found, self._watched(images, note)
 
-    def _results(self, steps: Sequence[_Step], taps: Sequence[Tensor]) -> list[Tensor]:
-        """What stands in for the results that are read out."""
-        batch, given, results = len(taps[0]), iter(taps), []
-        adapters: list[Highway] = [step.wire.adapter for step in steps]  # type: ignore[misc]
+    def _results(self, steps: Sequence[_Step], taps: Sequence[Tensor]) -> list[tuple[Wire, Tensor]]:
+        """What stands in for the results that are read out, and who gives it."""
+        given, results = iter(taps), []
+        adapters: list[Carrier] = [step.wire.adapter for step in steps]  # type: ignore[misc]
         with _hosts_in_evaluation(self.encoder.body, steps):
             for adapter in adapters:
-                adapter.begin()
+                adapter.begin(None)
             try:
                 for step, adapter in zip(steps, adapters, strict=True):
                     if step.kept:
                         x = next(given)
                     else:
-                        x = taps[0].new_empty((), dtype=step.tap.dtype).expand(batch, *step.tap.shape)
+                        x = taps[0].new_empty((), dtype=step.tap.dtype).expand(len(taps[0]), *step.tap.shape)
                     adapter.arrive(x, step.wire.site.path)
                     step.wire.grid = step.grid
                     added = step.wire.run(x, step.rerun)
-                    if isinstance(adapter, ReadOut):
-                        results.append(step.wire.join(x, added))
+                    if added is not None:
+                        results.append((step.wire, step.wire.join(x, added)))
             finally:
                 for adapter in adapters:
                     adapter.release()
@@ -249,12 +256,10 @@ class Replay:
             if x.shape[0] != 1 or any(wire is step.wire for step in steps):
                 raise SiteError("its adapter does not read whole images, once each", where=wire.site.path)
             tap = Tap(tuple(x.shape[1:]), x.dtype)
-            steps.append(_Step(wire, tap, _looks(wire), layout.grid, layout.rerun))
+            steps.append(_Step(wire, tap, _reads(wire), layout.grid, layout.rerun))
 
-        maps = self._watched(one, note)
-        if not self._wires:
-            return _Program((), (), tuple(Tap(tuple(m.shape[1:]), m.dtype) for m in maps))
-        taps = self._record(steps, two)
+        self._watched(one, note)
+        taps, plain = self._record(two)
         adapters = {id(p) for wire in self._wires for p in wire.adapter.parameters()}
         noisy = {
             f"encoder.{name}": p + _NOISE * _noise(p.shape, self.encoder.body).to(p)
@@ -263,10 +268,13 @@ class Replay:
         }
         both = _Both(self.encoder, lambda: (self._watched(two, _nothing), self._results(steps, taps)))
         maps, results = functional_call(both, noisy, ())
-        ends = [step.wire for step in steps if isinstance(step.wire.adapter, ReadOut)]
         norms = _norms(self.encoder.body, self._wires)
-        tails = tuple(_tail(k, one, results, ends, norms) for k, one in enumerate(maps))
-        return _Program(tuple(steps), tails, tuple(step.tap for step in steps if step.kept))
+        tails = tuple(
+            None if torch.equal(one, before) else _tail(k, one, results, norms)
+            for k, (one, before) in enumerate(zip(maps, plain, strict=True))
+        )
+        kept = [Tap(tuple(m.shape[1:]), m.dtype) for m, tail in zip(plain, tails, strict=True) if tail is None]
+        return _Program(tuple(steps), tails, (*(step.tap for step in steps if step.kept), *kept))
 
 
 class _Both(nn.Module):
@@ -297,13 +305,13 @@ def _reading(body: nn.Module) -> list[Wire]:
     for path, slot in hosted(body).items():
         for adapter, site in slot.current():
             wire = slot.wire(site)
-            if wire is None or not isinstance(adapter, Highway):
+            if wire is None or not (isinstance(adapter, Carrier) and adapter.beside):
                 assert state is not None
                 raise SiteError(
                     f"{type(state.record().method).__name__} changes what the backbone computes, and does so at every "
-                    "step: none of it can be computed once",
+                    "step: it cannot be computed once",
                     where=path,
-                    remedy="Cache features for E3VA or LinearProbe, or train without cached features",
+                    remedy="Cache features for E3VA, LST or LinearProbe, or train without cached features",
                 )
             wires.append(wire)
     ours = {id(p) for wire in wires for p in wire.adapter.parameters()}
@@ -312,16 +320,16 @@ def _reading(body: nn.Module) -> list[Wire]:
         raise SiteError(
             "it trains, and what the backbone computes changes with it",
             where=trained,
-            remedy="Attach E3VA or LinearProbe with trainable=(), or train without cached features",
+            remedy="Attach E3VA, LST or LinearProbe with trainable=(), or train without cached features",
         )
     order = {} if state is None or not wires else {site.key: k for k, site in enumerate(state.record().sites)}
     return sorted(wires, key=lambda wire: order[wire.site.key])
 
 
-def _looks(wire: Wire) -> bool:
+def _reads(wire: Wire) -> bool:
     """Whether an adapter looks at more of what it is given than the shape."""
-    adapter = wire.adapter
-    return not isinstance(adapter, Joint) and not (isinstance(adapter, ReadOut) and not adapter.skip)
+    assert isinstance(wire.adapter, Carrier)
+    return wire.adapter.reads
 
 
 def _tell(note: Callable[[Tensor, Layout], None], adapter: nn.Module, args: tuple[Tensor, Layout]) -> None:
@@ -359,14 +367,12 @@ def _norms(body: nn.Module, wires: Iterable[Wire]) -> list[nn.LayerNorm]:
     return [m for m in body.modules() if isinstance(m, nn.LayerNorm) and id(m) not in own]
 
 
-def _tail(
-    number: int, wanted: Tensor, results: Sequence[Tensor], ends: Sequence[Wire], norms: Iterable[nn.LayerNorm]
-) -> _Tail:
+def _tail(number: int, wanted: Tensor, results: Sequence[tuple[Wire, Tensor]], norms: Iterable[nn.LayerNorm]) -> _Tail:
     """How map ``number`` is made of the results."""
     size = (wanted.shape[-2], wanted.shape[-1])
     precision = _ROUNDINGS * torch.finfo(wanted.dtype).eps
     for norm in (None, *norms):
-        for source, (result, wire) in enumerate(zip(results, ends, strict=True)):
+        for source, (wire, result) in enumerate(results):
             dim = wire.site.channel_dim
             if result.shape[dim] != wanted.shape[1] or result[0].numel() < wanted[0].numel():
                 continue
@@ -378,6 +384,6 @@ def _tail(
                 return tail
     raise SiteError(
         f"map {number} is not what the adapters give here, in another layout or behind a norm",
-        where=ends[min(number, len(ends) - 1)].site.path,
+        where=results[min(number, len(results) - 1)][0].site.path if results else f"map {number}",
         remedy="Train without cached features",
     )

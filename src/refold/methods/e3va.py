@@ -46,6 +46,7 @@ from refold.survey import Survey
 
 __all__ = ["E3VA"]
 
+_RECOMPUTES = ("inside", "taps", "nothing")
 _STARTS, _TAPS = ("zero", "stem"), {"branch": "output", "stream": "sum"}
 
 
@@ -59,7 +60,9 @@ class E3VA(Method):
         start: ``"zero"``, or ``"stem"`` for the features that enter the first block.
         skip: whether the backbone's own features are added where they are read out.
         tap: ``"branch"`` reads what a residual branch gives, ``"stream"`` what leaves it: stream plus branch.
-        recompute: compute an adapter's inside again in the backward pass instead of keeping it.
+        recompute: what is computed again in the backward pass instead of being kept: ``"inside"`` an adapter's own
+            parts, ``"taps"`` the features that adapters read as well, by one more forward of the model, ``"nothing"``.
+            Compiled by torch, ``"taps"`` keeps what ``"inside"`` keeps.
         sites: roles, or paths (``*`` allowed) of residual branches that fill the state; None is attention and MLP.
 
     Raises:
@@ -73,7 +76,7 @@ class E3VA(Method):
     start: str = "zero"
     skip: bool = True
     tap: str = "branch"
-    recompute: bool = True
+    recompute: str = "inside"
     sites: tuple[str, ...] | str | None = None
 
     summary: ClassVar[str] = "low-rank adapters on a highway beside a backbone without a graph"
@@ -86,8 +89,8 @@ class E3VA(Method):
         require(self, "reduction", is_count(self.reduction), "a positive integer")
         require(self, "start", self.start in _STARTS, f"one of {', '.join(_STARTS)}")
         require(self, "tap", self.tap in _TAPS, f"one of {', '.join(_TAPS)}")
-        for name in ("skip", "recompute"):
-            require(self, name, isinstance(getattr(self, name), bool), "True or False")
+        require(self, "skip", isinstance(self.skip, bool), "True or False")
+        require(self, "recompute", self.recompute in _RECOMPUTES, f"one of {', '.join(_RECOMPUTES)}")
 
     def plan(self, survey: Survey) -> Plan:
         row = spatial(survey, blocks(survey))
@@ -140,7 +143,7 @@ class E3VA(Method):
         if site.role == "read out":
             return ReadOut(site.width, skip=self.skip, device=device, dtype=dtype)
         if site.role in ("ramp", "joint"):
-            return Ramp() if site.role == "ramp" else Joint()
+            return Ramp() if site.role == "ramp" else Joint(recompute=self.recompute == "taps")
         return Junction(
             site.width,
             max(site.width // self.reduction, 1),

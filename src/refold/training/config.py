@@ -191,9 +191,9 @@ class TrainConfig(Recipe):
         pretrained: False starts from random backbone weights.
         in_chans: input channels; None means what the backbone was trained with.
         image_size: side of the model's input in pixels; None means the backbone's own.
-        features: keep what a frozen backbone gives E3VA or a linear probe of a dense task, so that it sees each view
-            of an image once: ``"memory"``, or a folder, which a later run with the same backbone takes up again. None
-            runs the backbone at every step.
+        features: keep what a frozen backbone gives E3VA, LST or a linear probe of a dense task, so that it sees each
+            view of an image once: ``"memory"``, or a folder, which a later run with the same backbone takes up again.
+            None runs the backbone at every step.
         views: with ``features``, how many augmented views a training image has; epochs show them in turn.
         normalize: ``"model"`` (the backbone's own mean and std), ``"imagenet"``, ``"inception"``
             (inputs in [-1, 1]) or ``"none"`` (inputs in [0, 1]).
