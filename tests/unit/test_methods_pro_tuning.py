@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 import refold
 from reference import conv_side
-from refold.hosting import hosted
+from stage_ends import check_added, numbers
 from zoo import build, images, perturb, relative
 
 METHOD = refold.ProTuning(hidden=6)
@@ -23,11 +22,6 @@ ENDS = {
 }
 
 
-def numbers(model: nn.Module) -> dict[str, dict[str, np.ndarray]]:
-    slots = {path: slot["default"] for path, slot in hosted(model).items()}
-    return {p: {n: v.detach().double().numpy().copy() for n, v in a.state_dict().items()} for p, a in slots.items()}
-
-
 @pytest.mark.parametrize("family", ENDS)
 def test_every_stage_gets_the_prompt_of_the_formula(family):
     model = refold.attach(build(family, torch.float64), METHOD)
@@ -35,23 +29,11 @@ def test_every_stage_gets_the_prompt_of_the_formula(family):
     values = numbers(model)
     assert list(values) == ENDS[family]
     prefix = 5 if family == "vit_with_registers" else 0
-    x, seen = images(model), {}
-    for path in values:
-        model.get_submodule(path).register_forward_hook(
-            lambda module, args, output, path=path: seen.__setitem__(path, (args[0].detach(), output.detach()))
-        )
-    model(x)
-    refold.detach(model)
-    for path, (given, adapted) in seen.items():
-        with torch.no_grad():
-            plain = model.get_submodule(path)(given)
-        first = family in ("resnet", "convnext")
-        features = plain.movedim(1, -1) if first else plain
-        grid = tuple(features.shape[1:3]) if features.dim() == 4 else (2, 2)
-        tokens = features.flatten(1, -2).numpy()
-        added = torch.from_numpy(conv_side.convpass(tokens, values[path], grid, prefix, act=conv_side.gelu))
-        added = added.view(features.shape)
-        assert relative(adapted, plain + (added.movedim(-1, 1) if first else added)) < 1e-12
+
+    def formula(tokens, values, grid):
+        return conv_side.convpass(tokens, values, grid, prefix, act=conv_side.gelu)
+
+    check_added(model, family, formula)
 
 
 @pytest.mark.parametrize(

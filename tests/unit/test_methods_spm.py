@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import timm
 import torch
-from torch import nn
 
 import refold
 from reference import stage_prompts
-from refold.hosting import hosted
-from zoo import build, images, perturb, relative
+from stage_ends import check_added, numbers
+from zoo import build, images, perturb
 
 METHOD = refold.SPM(hidden=5, classes=3, steps=3)
 #: Family -> the last block of each stage but the last.
@@ -23,11 +21,6 @@ BETWEEN = {
 }
 
 
-def numbers(model: nn.Module) -> dict[str, dict[str, np.ndarray]]:
-    slots = {path: slot["default"] for path, slot in hosted(model).items()}
-    return {p: {n: v.detach().double().numpy().copy() for n, v in a.state_dict().items()} for p, a in slots.items()}
-
-
 @pytest.mark.parametrize("family", BETWEEN)
 def test_every_stage_hands_on_what_the_formula_says(family):
     model = refold.attach(build(family, torch.float64), METHOD)
@@ -35,23 +28,7 @@ def test_every_stage_hands_on_what_the_formula_says(family):
     values = numbers(model)
     assert list(values) == BETWEEN[family]
     prefix = 5 if family == "vit_with_registers" else 0
-    seen = {}
-    for path in values:
-        model.get_submodule(path).register_forward_hook(
-            lambda module, args, output, path=path: seen.__setitem__(path, (args[0].detach(), output.detach()))
-        )
-    model(images(model))
-    refold.detach(model)
-    for path, (given, adapted) in seen.items():
-        with torch.no_grad():
-            plain = model.get_submodule(path)(given)
-        first = family in ("resnet", "convnext")
-        features = plain.movedim(1, -1) if first else plain
-        grid = tuple(features.shape[1:3]) if features.dim() == 4 else (2, 2)
-        tokens = features.flatten(1, -2).numpy()
-        added = torch.from_numpy(stage_prompts.matcher(tokens, values[path], grid, prefix, 3)).view(features.shape)
-        assert relative(adapted, plain + (added.movedim(-1, 1) if first else added)) < 1e-12
-        assert relative(adapted, plain) > 1e-3
+    check_added(model, family, lambda tokens, values, grid: stage_prompts.matcher(tokens, values, grid, prefix, 3))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from refold.segmentation import Inference, MaskSet, MaskSplits, evaluation_pairs
 from refold.segmentation.problem import SegmentationProblem, confusion_of
 from refold.training.config import Recipe, TrainConfig
 from refold.training.inference import in_evaluation
-from refold.training.job import TrainResult, summarize
+from refold.training.job import TrainResult, finish, summarize
 from refold.training.loop import solve
 from refold.training.problem import Problem
 from refold.training.run import RunFolder
@@ -130,19 +130,7 @@ def train_dense(
     summary["decoder"] = default_decoder(task, config.decoder)
     if features is not None and features.cached is not None:
         summary["features"] = {"kept": config.features, "bytes": features.cached.estimate.total}
-    folder.write_json("summary.json", summary)
-    accelerator.wait_for_everyone()  # when any process returns, the folder is complete
-    return TrainResult(
-        model=model,
-        output=folder.path,
-        adapter=folder.adapter_path,
-        fit=solved,
-        evaluations=scored,
-        preprocessing=preprocessing,
-        summary=summary,
-        skipped=[],
-        main_process=folder.main,
-    )
+    return finish(folder, accelerator, model, solved, scored, preprocessing, summary, [])
 
 
 def load_parts(config: TrainConfig) -> MaskSplits | BoxSplits:

@@ -22,12 +22,14 @@ from refold.training.run import RunFolder
 from refold.training.tasks import make_task
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from refold.data import Splits
     from refold.dense.job import Scored
     from refold.detection import BoxSplits
     from refold.segmentation import MaskSplits
 
-__all__ = ["TrainResult", "summarize", "train"]
+__all__ = ["TrainResult", "finish", "summarize", "train"]
 
 
 @dataclass(frozen=True)
@@ -154,17 +156,31 @@ def train(
         assert image_set is not None
         folder.write_predictions(evaluations[shown].rows)
         folder.write_thumbnails(image_set, evaluations[shown].thumbnail_rows())
+    return finish(folder, accelerator, model, fitted, evaluations, preprocessing, summary, splits.skipped)
+
+
+def finish(
+    folder: RunFolder,
+    accelerator: Accelerator,
+    model: nn.Module,
+    solved: Solved,
+    evaluations: Mapping[str, Evaluation | Scored],
+    preprocessing: Preprocessing,
+    summary: dict[str, Any],
+    skipped: list[tuple[str, str]],
+) -> TrainResult:
+    """Write ``summary.json``, the last file of a run folder, and wait for all processes: the folder is complete."""
     folder.write_json("summary.json", summary)
-    accelerator.wait_for_everyone()  # when any process returns, the folder is complete
+    accelerator.wait_for_everyone()
     return TrainResult(
         model=model,
         output=folder.path,
         adapter=folder.adapter_path,
-        fit=fitted,
+        fit=solved,
         evaluations=evaluations,
         preprocessing=preprocessing,
         summary=summary,
-        skipped=splits.skipped,
+        skipped=skipped,
         main_process=folder.main,
     )
 
