@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from refold.cli import adapt, demo, search, shelf, ship
+from refold.cli import adapt, demo, protocols, search, shelf, ship
 from refold.cli.console import error
 from refold.errors import RefoldError
 
@@ -27,6 +27,7 @@ for command in (
     adapt.evaluate,
     adapt.predict,
     search.search,
+    protocols.vtab,
     ship.merge,
     ship.export,
     ship.explain,

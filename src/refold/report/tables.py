@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from refold.report import grids
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from refold.inspection import Row
 
-__all__ = ["certificate_table", "cost_table", "explain_table", "results_table", "rich_table"]
+__all__ = ["certificate_table", "cost_table", "explain_table", "markdown_table", "results_table", "rich_table"]
 
 STYLES = {"good": "green", "bad": "bold red", "": ""}
 
@@ -36,6 +36,16 @@ def rich_table(grid: Grid) -> Table:
     for i, row in enumerate(grid.rows):
         table.add_row(*(Text(cell, style=STYLES[grid.mark(i, j)]) for j, cell in enumerate(row)))
     return table
+
+
+def markdown_table(grid: Grid) -> str:
+    """A grid as a table of Markdown; its title is left out."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rules = ("---" if index < grid.text_columns else "---:" for index in range(len(grid.columns)))
+    return "\n".join([line(grid.columns), line(rules), *map(line, grid.rows)]) + "\n"
 
 
 def results_table(summaries: Mapping[str, Mapping[str, Any]], *, title: str = "Results") -> Table:

@@ -58,6 +58,7 @@ class Recipe:
             measured on this device and size.
         select: validation metric that chooses the best epoch; None means the task's own (accuracy, mean
             average precision, or mean absolute error).
+        validate_every: epochs between two validations; the last epoch is always validated.
         seed: of order, augmentation, dropout and initialisation.
         workers: processes that decode images of data sets too large for memory.
     """
@@ -81,12 +82,14 @@ class Recipe:
     precision: str = "auto"
     attention: str = "auto"
     select: str | None = None
+    validate_every: int = 1
     seed: int = 0
     workers: int = 0
 
     def __post_init__(self) -> None:
         self._integer("epochs", least=1)
         self._integer("batch_size", least=1)
+        self._integer("validate_every", least=1)
         self._integer("seed", least=0)
         self._integer("workers", least=0)
         self._number("lr", lambda v: v > 0, "positive")

@@ -162,6 +162,8 @@ class Trainer:
         return loss.detach()
 
     def _validate(self) -> None:
+        if self.epoch % self.recipe.validate_every and self.epoch < self.recipe.epochs:
+            return
         start = time.perf_counter()
         row = self.problem.validate()
         if row is None:

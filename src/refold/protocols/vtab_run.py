@@ -1,0 +1,219 @@
+"""``run_vtab``: every task of VTAB-1k with one method, and the averages of the papers.
+
+What is chosen is chosen on val200: each candidate trains on train800 with the first seed, and its last epoch counts.
+What is reported is trained on all 1000 images with each seed, and its last epoch scored on test once.
+
+The published numbers of RepAdapter, FacT, Convpass and others come about otherwise: their code scores the test set
+every ten epochs and prints the best of these, for the scale that does best on test. ``published_protocol`` does the
+same, so that they can be compared; what it gives is no estimate of accuracy on new images, and is labelled so.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from refold.bench.environment import environment
+from refold.data import Splits
+from refold.errors import DataError
+from refold.protocols.points import Point, points
+from refold.protocols.trial import trial, write_json
+from refold.protocols.vtab import GROUPS, TASKS, find_tasks, load_task
+from refold.training.config import TrainConfig
+
+__all__ = ["TaskResult", "VtabResult", "run_vtab"]
+
+_PUBLISHED_EVERY = 10  # epochs
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One row.
+
+    Attributes:
+        name: of the task.
+        point: what was chosen.
+        candidates: accuracy of each candidate: on val200, or with the published protocol the best on test.
+        accuracy: on test, one a seed, shares.
+        images: in the test set.
+        seconds: of all trainings.
+    """
+
+    name: str
+    point: Point
+    candidates: dict[str, float]
+    accuracy: list[float]
+    images: int
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.accuracy)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; 0 of one seed."""
+        return statistics.stdev(self.accuracy) if len(self.accuracy) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class VtabResult:
+    """What :func:`run_vtab` returns.
+
+    Attributes:
+        rows: one a task.
+        published_protocol: whether the test set chose.
+        normalize: of the inputs.
+        method: as a call.
+    """
+
+    rows: list[TaskResult]
+    published_protocol: bool
+    normalize: str
+    method: str
+
+    def group(self, name: str) -> float | None:
+        """Mean over the tasks of a group; None unless all are there."""
+        members = {task.name for task in TASKS.values() if task.group == name}
+        found = [row.mean for row in self.rows if row.name in members]
+        return statistics.mean(found) if len(found) == len(members) else None
+
+    @property
+    def group_average(self) -> float | None:
+        """Mean of the three groups, the papers' "Average"; None unless all tasks are there."""
+        means = [self.group(name) for name in GROUPS]
+        return None if None in means else statistics.mean(value for value in means if value is not None)
+
+    @property
+    def task_average(self) -> float | None:
+        """Mean of the 19 tasks; None unless all are there."""
+        return statistics.mean(row.mean for row in self.rows) if len(self.rows) == len(TASKS) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "method": self.method,
+            "normalize": self.normalize,
+            "selected_on": "test" if self.published_protocol else "val200",
+            "tasks": [
+                {
+                    "task": row.name,
+                    "group": TASKS[row.name].group,
+                    "chosen": dict(row.point.values),
+                    "candidates": row.candidates,
+                    "accuracy": row.accuracy,
+                    "test_images": row.images,
+                    "seconds": row.seconds,
+                }
+                for row in self.rows
+            ],
+            "groups": {name: self.group(name) for name in GROUPS},
+            "group_average": self.group_average,
+            "task_average": self.task_average,
+        }
+
+
+def run_vtab(
+    config: TrainConfig,
+    *,
+    tasks: Sequence[str] | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] = (0,),
+    published_protocol: bool = False,
+    progress: bool | None = False,
+    on_task: Callable[[TaskResult], None] | None = None,
+) -> VtabResult:
+    """Train and test a method on tasks of VTAB-1k; finished trainings are kept in ``config.output`` and not repeated.
+
+    Args:
+        config: ``data`` is the folder with all tasks, ``output`` the folder to write; its seed is not used.
+        tasks: names of :data:`TASKS`; None is all 19.
+        grid: name -> candidates, see :func:`refold.protocols.points.parse_grid`; None searches nothing.
+        seeds: of the final trainings; the first also of the search.
+        published_protocol: choose epoch and candidate on the test set, as the published code does.
+        progress: bars on standard error; None shows them on a terminal.
+        on_task: called with each finished row.
+
+    Raises:
+        DataError: data that are not there, settings that do not go together, or an output folder of other settings.
+        RefoldError: whatever training raises.
+    """
+    _require_plain(config)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise DataError("must be one or more different numbers", where="seeds")
+    candidates = points(grid or {})
+    folders = find_tasks(config.data, tasks)
+    for point in candidates:
+        point.apply(config)  # complains now
+    loaded = {name: load_task(TASKS[name], folder, cache=config.cache) for name, folder in folders.items()}
+    rows = []
+    for name, (search, final) in loaded.items():
+        run = _Task(config, Path(config.output) / name, search, final, progress)
+        rows.append((run.published if published_protocol else run.honest)(name, candidates, seeds))
+        if on_task is not None:
+            on_task(rows[-1])
+    result = VtabResult(rows, published_protocol, config.normalize, config.method.describe())
+    write_json(Path(config.output) / "results.json", {**result.to_json(), "environment": environment()})
+    return result
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The trainings of one task."""
+
+    config: TrainConfig
+    folder: Path
+    search: Splits
+    final: Splits
+    progress: bool | None
+
+    def honest(self, name: str, candidates: list[Point], seeds: Sequence[int]) -> TaskResult:
+        found: dict[Point, float] = {}
+        worth: dict[Point, tuple[float, float]] = {}
+        seconds = 0.0
+        for point in candidates if len(candidates) > 1 else ():
+            record = self._train(point, seeds[0], self.search, "val", validate_every=self.config.epochs)
+            last = record["val"][-1]
+            found[point], worth[point] = last["accuracy"], (last["accuracy"], -last["loss"])
+            seconds += record["seconds"]
+        best = max(candidates, key=lambda point: worth.get(point, (0.0, 0.0)))
+        finals = [self._train(best, seed, self.final, "test") for seed in seeds]
+        return self._row(name, best, found, [one["test"]["accuracy"] for one in finals], seconds + _seconds(finals))
+
+    def published(self, name: str, candidates: list[Point], seeds: Sequence[int]) -> TaskResult:
+        as_val = replace(self.final, val=self.final.test, test=None)
+        records = {
+            point: [self._train(point, seed, as_val, "published", validate_every=_PUBLISHED_EVERY) for seed in seeds]
+            for point in candidates
+        }
+        scores = {
+            point: [max(row["accuracy"] for row in one["val"]) for one in found] for point, found in records.items()
+        }
+        best = max(candidates, key=lambda point: statistics.mean(scores[point]))
+        means = {point: statistics.mean(values) for point, values in scores.items()}
+        total = sum(_seconds(found) for found in records.values())
+        return self._row(name, best, means if len(candidates) > 1 else {}, scores[best], total)
+
+    def _train(self, point: Point, seed: int, splits: Splits, kind: str, **changes: Any) -> dict[str, Any]:
+        config = point.apply(self.config).replace(seed=seed, **changes)
+        return trial(config, splits, self.folder / f"{kind}-{point.slug}-{seed}.json", progress=self.progress)
+
+    def _row(
+        self, name: str, best: Point, found: Mapping[Point, float], accuracy: list[float], seconds: float
+    ) -> TaskResult:
+        assert self.final.test is not None
+        shown = {str(point): value for point, value in found.items()}
+        return TaskResult(name, best, shown, accuracy, len(self.final.test), seconds)
+
+
+def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    return sum(record["seconds"] for record in records)
+
+
+def _require_plain(config: TrainConfig) -> None:
+    for name in ("task", "train", "val", "test", "target", "start"):
+        if getattr(config, name) is not None:
+            raise DataError("is not for VTAB-1k", where=name, remedy="Leave it out")
