@@ -53,7 +53,7 @@ def test_all_tasks_with_groups_and_averages(root: Path, tmp_path: Path) -> None:
     result = run_vtab(config(root, tmp_path, epochs=1, batch_size=500), tasks=None)
     assert [row.name for row in result.rows] == list(TASKS)
     assert [sum(task.group == name for task in TASKS.values()) for name in GROUPS] == [7, 4, 8]
-    means = [row.mean for row in result.rows]
+    means = [row.accuracy.mean for row in result.rows]
     groups = [statistics.mean(part) for part in (means[:7], means[7:11], means[11:])]
     assert [result.group(name) for name in GROUPS] == pytest.approx(groups)
     assert result.group_average == pytest.approx(statistics.mean(groups))
@@ -117,13 +117,14 @@ def test_the_published_protocol_takes_the_best_epoch_on_test_and_says_so(
         assert record["images"] == {"train": 1000, "val": TESTED}
         best[str(point)] = max(one["accuracy"] for one in record["val"])
     assert row.candidates == best
-    assert row.mean == max(best.values())
+    assert row.accuracy.mean == max(best.values())
     assert result.to_json()["selected_on"] == "test"
     assert "ON TEST" in vtab_grid(result).title
 
 
 def test_a_grid_is_of_the_method_and_of_the_recipe() -> None:
-    grid = parse_grid(["scale=0.1,5", "lr=1e-3"], refold.RepAdapter())
+    grid, other = parse_grid(["scale=0.1,5", "lr=1e-3"], [refold.RepAdapter(), refold.VPT()])
+    assert other == {"lr": [1e-3]}
     assert grid == {"scale": [0.1, 5], "lr": [1e-3]}
     settings = config(Path("a"), Path("b"), method=refold.RepAdapter(rank=4))
     found = [point.apply(settings) for point in points(grid)]
@@ -133,9 +134,9 @@ def test_a_grid_is_of_the_method_and_of_the_recipe() -> None:
     assert points({})[0].apply(settings) == settings
     for text, reason in (("scale", "cannot read"), ("width=1", "LoRA has no 'width'"), ("lr=", "cannot read")):
         with pytest.raises(DataError, match=reason):
-            parse_grid([text], refold.LoRA())
+            parse_grid([text], [refold.LoRA()])
     with pytest.raises(DataError, match="twice"):
-        parse_grid(["lr=1", "lr=2"], refold.LoRA())
+        parse_grid(["lr=1", "lr=2"], [refold.LoRA()])
 
 
 def test_lists_are_drawn_from_folders_per_class(tmp_path: Path) -> None:

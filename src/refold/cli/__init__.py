@@ -28,6 +28,8 @@ for command in (
     adapt.predict,
     search.search,
     protocols.vtab,
+    protocols.fewshot,
+    protocols.dg,
     ship.merge,
     ship.export,
     ship.explain,

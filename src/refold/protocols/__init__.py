@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from refold.protocols.fewshot import PUBLISHED_RECIPE, FewShotResult, run_few_shot
+from refold.protocols.generalization import DomainResult, load_other, run_domains
 from refold.protocols.points import Point, parse_grid, points
 from refold.protocols.vtab import TASKS, VtabTask, find_tasks, prepare
 from refold.protocols.vtab_run import VtabResult, run_vtab
 
 __all__ = [
+    "PUBLISHED_RECIPE",
     "TASKS",
+    "DomainResult",
+    "FewShotResult",
     "Point",
     "VtabResult",
     "VtabTask",
     "find_tasks",
+    "load_other",
     "parse_grid",
     "points",
     "prepare",
+    "run_domains",
+    "run_few_shot",
     "run_vtab",
 ]

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 from refold.errors import DataError
 from refold.methods import Method
@@ -42,7 +42,9 @@ class Point:
         """
         recipe = {name: value for name, value in self.values if name in _RECIPE}
         own = {name: value for name, value in self.values if name not in _RECIPE}
-        _require_known(config.method, own)
+        for name in own:
+            if name not in _fields(config.method):
+                _refuse(name, config.method)
         method = dataclasses.replace(config.method, **own) if own else config.method  # type: ignore[type-var]
         if "lr" in recipe:  # the ends of the schedule keep their distance
             recipe |= {"min_lr": min(config.min_lr, recipe["lr"]), "warmup_lr": min(config.warmup_lr, recipe["lr"])}
@@ -54,11 +56,11 @@ def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
     return [Point(tuple(zip(grid, values, strict=True))) for values in product(*grid.values())]
 
 
-def parse_grid(texts: Sequence[str], method: Method) -> dict[str, list[Any]]:
-    """``["scale=0.1,1,10", "lr=1e-3"]`` as name -> values.
+def parse_grid(texts: Sequence[str], methods: Sequence[Method]) -> list[dict[str, list[Any]]]:
+    """``["scale=0.1,1,10", "lr=1e-3"]`` as name -> values: for each method, those that it or a recipe has.
 
     Raises:
-        DataError: a text of another form, a name twice, or one that neither a recipe nor ``method`` has.
+        DataError: a text of another form, a name twice, or one that neither a recipe nor any of the methods has.
     """
     grid: dict[str, list[Any]] = {}
     for text in texts:
@@ -68,8 +70,12 @@ def parse_grid(texts: Sequence[str], method: Method) -> dict[str, list[Any]]:
         if name in grid:
             raise DataError(f"{name!r} is there twice", where="--grid")
         grid[name] = [_value(value.strip()) for value in values.split(",")]
-    _require_known(method, {name: None for name in grid if name not in _RECIPE})
-    return grid
+    for name in grid:
+        if name not in _RECIPE and not any(name in _fields(method) for method in methods):
+            _refuse(name, methods[0])
+    return [
+        {name: values for name, values in grid.items() if name in (*_RECIPE, *_fields(method))} for method in methods
+    ]
 
 
 def _value(text: str) -> Any:
@@ -79,12 +85,13 @@ def _value(text: str) -> Any:
         return text
 
 
-def _require_known(method: Method, values: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
-    for name in values:
-        if name not in known:
-            raise DataError(
-                f"{type(method).__name__} has no {name!r}",
-                where="--grid",
-                remedy=f"It has {', '.join(known)}; a recipe has {', '.join(_RECIPE)}",
-            )
+def _fields(method: Method) -> list[str]:
+    return [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
+
+
+def _refuse(name: str, method: Method) -> NoReturn:
+    raise DataError(
+        f"{type(method).__name__} has no {name!r}",
+        where="--grid",
+        remedy=f"It has {', '.join(_fields(method))}; a recipe has {', '.join(_RECIPE)}",
+    )

@@ -1,24 +1,118 @@
-"""One training of a protocol: from settings and data to a record that is kept, and never made twice."""
+"""One training of a protocol: from settings and data to a record that is kept, and never made twice; and the choice
+between several.
+"""
 
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from refold.data import Splits
+import torch
+from torch import Tensor, nn
+
+from refold.data import ImageSet, Splits
 from refold.errors import DataError
+from refold.methods import Method
+from refold.preprocessing import Preprocessing
+from refold.protocols.points import Point
 from refold.training.build import build_attached
 from refold.training.checkpoint import check_same, write_atomically
 from refold.training.config import FREE_SETTINGS, TrainConfig
 from refold.training.evaluation import score
-from refold.training.inference import start_accelerator
+from refold.training.inference import compute_logits, evaluation_loader, start_accelerator
 from refold.training.loop import fit
 
-__all__ = ["trial", "write_json"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Choice", "Other", "Repeated", "choose", "method_slug", "trial", "write_json"]
 
 
-def trial(config: TrainConfig, splits: Splits, path: Path, *, progress: bool | None = False) -> dict[str, Any]:
+class Repeated(tuple[float, ...]):
+    """A score for each seed."""
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation; 0 of one seed."""
+        return statistics.stdev(self) if len(self) > 1 else 0.0
+
+    def percent(self) -> str:
+        """``81.2 ± 0.4``; the mean alone of one seed."""
+        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.spread:.1f}" if len(self) > 1 else "")
+
+
+@dataclass(frozen=True)
+class Other:
+    """A further test set.
+
+    Attributes:
+        images: with targets among the model's outputs.
+        outputs: (K,) which of the model's outputs compete; None is all of them.
+    """
+
+    images: ImageSet
+    outputs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What :func:`choose` found.
+
+    Attributes:
+        point: the best.
+        candidates: validation accuracy of each; empty where there was one.
+        seconds: of training.
+    """
+
+    point: Point
+    candidates: dict[str, float]
+    seconds: float
+
+
+def choose(
+    config: TrainConfig, candidates: Sequence[Point], splits: Splits, folder: Path, *, progress: bool | None = False
+) -> Choice:
+    """The candidate with the best accuracy, then the least loss, on ``splits.val`` after the last epoch.
+
+    Args:
+        config: what candidates change.
+        candidates: one is taken without training.
+        splits: to train and validate on.
+        folder: of the records, ``val-POINT-SEED.json``.
+        progress: as for :func:`trial`.
+
+    Raises:
+        DataError, RefoldError: as :func:`trial`.
+    """
+    if len(candidates) == 1:
+        return Choice(candidates[0], {}, 0.0)
+    last: dict[Point, dict[str, float]] = {}
+    seconds = 0.0
+    for point in candidates:
+        changed = point.apply(config).replace(validate_every=config.epochs)
+        record = trial(changed, splits, folder / f"val-{point.slug}-{config.seed}.json", progress=progress)
+        last[point] = record["val"][-1]
+        seconds += record["seconds"]
+    best = max(candidates, key=lambda point: (last[point]["accuracy"], -last[point]["loss"]))
+    return Choice(best, {str(point): row["accuracy"] for point, row in last.items()}, seconds)
+
+
+def trial(
+    config: TrainConfig,
+    splits: Splits,
+    path: Path,
+    *,
+    others: Mapping[str, Other] | None = None,
+    progress: bool | None = False,
+) -> dict[str, Any]:
     """Train on ``splits.train`` to the last epoch, and score what else is there.
 
     Args:
@@ -26,10 +120,11 @@ def trial(config: TrainConfig, splits: Splits, path: Path, *, progress: bool | N
         splits: with a validation set, metrics are taken on it every ``validate_every`` epochs; with a test set, the
             model of the last epoch is scored on it, in float32, once.
         path: of the record, a JSON file; read instead of training again where it is there.
+        others: name -> a further test set, for classes alone.
         progress: bars on standard error; None shows them on a terminal.
 
     Returns:
-        ``settings``; ``val``, a row for each validation; ``test``, metrics; ``best_epoch`` and ``seconds``.
+        ``settings``; ``val``, a row for each validation; ``test``, metrics; ``others``, accuracy of each; ``seconds``.
 
     Raises:
         DataError: a record of other settings.
@@ -66,9 +161,30 @@ def trial(config: TrainConfig, splits: Splits, path: Path, *, progress: bool | N
             accelerator=accelerator, batch_size=config.batch_size, workers=config.workers,
         )  # fmt: skip
         record["test"] = result.metrics
+    if others:
+        record["others"] = {
+            name: _accuracy(model, other, preprocessing, config, accelerator) for name, other in others.items()
+        }
     if accelerator.is_main_process:
         write_json(path, record)
     return record
+
+
+def _accuracy(
+    model: nn.Module, other: Other, preprocessing: Preprocessing, config: TrainConfig, accelerator: Accelerator
+) -> float:
+    loader = evaluation_loader(
+        other.images, preprocessing, accelerator, batch_size=config.batch_size, workers=config.workers
+    )
+    logits = compute_logits(model, loader, len(other.images), accelerator)
+    competing = torch.arange(logits.shape[1]) if other.outputs is None else other.outputs
+    predicted = competing[logits[:, competing].argmax(1)]
+    return float((predicted == other.images.targets).float().mean())
+
+
+def method_slug(method: Method) -> str:
+    """A method's part of file names."""
+    return "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in method.describe())
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 from refold.bench.environment import environment
 from refold.data import Splits
 from refold.errors import DataError
+from refold.protocols.fewshot import require_different
 from refold.protocols.points import Point, points
-from refold.protocols.trial import trial, write_json
+from refold.protocols.trial import Choice, Repeated, choose, trial, write_json
 from refold.protocols.vtab import GROUPS, TASKS, find_tasks, load_task
 from refold.training.config import TrainConfig
 
@@ -45,18 +46,9 @@ class TaskResult:
     name: str
     point: Point
     candidates: dict[str, float]
-    accuracy: list[float]
+    accuracy: Repeated
     images: int
     seconds: float
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.accuracy)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds; 0 of one seed."""
-        return statistics.stdev(self.accuracy) if len(self.accuracy) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class VtabResult:
     def group(self, name: str) -> float | None:
         """Mean over the tasks of a group; None unless all are there."""
         members = {task.name for task in TASKS.values() if task.group == name}
-        found = [row.mean for row in self.rows if row.name in members]
+        found = [row.accuracy.mean for row in self.rows if row.name in members]
         return statistics.mean(found) if len(found) == len(members) else None
 
     @property
@@ -90,7 +82,7 @@ class VtabResult:
     @property
     def task_average(self) -> float | None:
         """Mean of the 19 tasks; None unless all are there."""
-        return statistics.mean(row.mean for row in self.rows) if len(self.rows) == len(TASKS) else None
+        return statistics.mean(row.accuracy.mean for row in self.rows) if len(self.rows) == len(TASKS) else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -104,7 +96,7 @@ class VtabResult:
                     "group": TASKS[row.name].group,
                     "chosen": dict(row.point.values),
                     "candidates": row.candidates,
-                    "accuracy": row.accuracy,
+                    "accuracy": list(row.accuracy),
                     "test_images": row.images,
                     "seconds": row.seconds,
                 }
@@ -142,8 +134,7 @@ def run_vtab(
         RefoldError: whatever training raises.
     """
     _require_plain(config)
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise DataError("must be one or more different numbers", where="seeds")
+    require_different(seeds=seeds)
     candidates = points(grid or {})
     folders = find_tasks(config.data, tasks)
     for point in candidates:
@@ -171,17 +162,11 @@ class _Task:
     progress: bool | None
 
     def honest(self, name: str, candidates: list[Point], seeds: Sequence[int]) -> TaskResult:
-        found: dict[Point, float] = {}
-        worth: dict[Point, tuple[float, float]] = {}
-        seconds = 0.0
-        for point in candidates if len(candidates) > 1 else ():
-            record = self._train(point, seeds[0], self.search, "val", validate_every=self.config.epochs)
-            last = record["val"][-1]
-            found[point], worth[point] = last["accuracy"], (last["accuracy"], -last["loss"])
-            seconds += record["seconds"]
-        best = max(candidates, key=lambda point: worth.get(point, (0.0, 0.0)))
-        finals = [self._train(best, seed, self.final, "test") for seed in seeds]
-        return self._row(name, best, found, [one["test"]["accuracy"] for one in finals], seconds + _seconds(finals))
+        config = self.config.replace(seed=seeds[0])
+        chosen = choose(config, candidates, self.search, self.folder, progress=self.progress)
+        finals = [self._train(chosen.point, seed, self.final, "test") for seed in seeds]
+        accuracy = Repeated(one["test"]["accuracy"] for one in finals)
+        return self._row(name, chosen, accuracy, finals)
 
     def published(self, name: str, candidates: list[Point], seeds: Sequence[int]) -> TaskResult:
         as_val = replace(self.final, val=self.final.test, test=None)
@@ -192,25 +177,20 @@ class _Task:
         scores = {
             point: [max(row["accuracy"] for row in one["val"]) for one in found] for point, found in records.items()
         }
-        best = max(candidates, key=lambda point: statistics.mean(scores[point]))
         means = {point: statistics.mean(values) for point, values in scores.items()}
-        total = sum(_seconds(found) for found in records.values())
-        return self._row(name, best, means if len(candidates) > 1 else {}, scores[best], total)
+        best = max(candidates, key=means.__getitem__)
+        shown = {str(point): value for point, value in means.items()} if len(candidates) > 1 else {}
+        every = [one for found in records.values() for one in found]
+        return self._row(name, Choice(best, shown, 0.0), Repeated(scores[best]), every)
 
     def _train(self, point: Point, seed: int, splits: Splits, kind: str, **changes: Any) -> dict[str, Any]:
         config = point.apply(self.config).replace(seed=seed, **changes)
         return trial(config, splits, self.folder / f"{kind}-{point.slug}-{seed}.json", progress=self.progress)
 
-    def _row(
-        self, name: str, best: Point, found: Mapping[Point, float], accuracy: list[float], seconds: float
-    ) -> TaskResult:
+    def _row(self, name: str, chosen: Choice, accuracy: Repeated, records: Sequence[Mapping[str, Any]]) -> TaskResult:
         assert self.final.test is not None
-        shown = {str(point): value for point, value in found.items()}
-        return TaskResult(name, best, shown, accuracy, len(self.final.test), seconds)
-
-
-def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
-    return sum(record["seconds"] for record in records)
+        seconds = chosen.seconds + sum(record["seconds"] for record in records)
+        return TaskResult(name, chosen.point, chosen.candidates, accuracy, len(self.final.test), seconds)
 
 
 def _require_plain(config: TrainConfig) -> None:
