@@ -103,8 +103,9 @@ def load_other(data: str | Path, classes: Sequence[str], mapping: str | Path | N
         target = names.get(name)
         if target is None or target not in index:
             known = ", ".join(classes[:8]) + (" ..." if len(classes) > 8 else "")
+            mapped = "" if target in (None, name) else f" (mapped to {target!r})"
             raise DataError(
-                f"its class {name!r} is none of the source's" + ("" if target in (None, name) else f" (mapped to {target!r})"),
+                f"its class {name!r} is none of the source's{mapped}",
                 where=str(data),
                 remedy=f"Map it with a CSV of lines CLASS,SOURCE_CLASS; the source has {known}",
             )
