@@ -68,7 +68,7 @@ class E3VA(Method):
     Raises:
         SiteError: a hyper-parameter is out of range.
 
-    Use it for dense prediction where full tuning does not fit: a fifth to a third of its memory on Swin.
+    Use it for dense prediction where full tuning does not fit: a sixth to a third of its memory on Swin.
     """
 
     rank: int = 16
