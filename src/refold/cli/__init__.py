@@ -30,6 +30,7 @@ for command in (
     protocols.vtab,
     protocols.fewshot,
     protocols.dg,
+    protocols.robustness,
     ship.merge,
     ship.export,
     ship.explain,

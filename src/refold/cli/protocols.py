@@ -1,4 +1,4 @@
-"""``refold vtab``, ``fewshot`` and ``dg``: the protocols of the papers, one command each."""
+"""``refold vtab``, ``fewshot``, ``dg`` and ``robustness``: the protocols of the papers, one command each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from refold.report import grids
     from refold.training import TrainConfig
 
-__all__ = ["dg", "fewshot", "vtab"]
+__all__ = ["dg", "fewshot", "robustness", "vtab"]
 
 Grid = Annotated[
     list[str] | None,
@@ -274,6 +274,52 @@ def dg(
         raise stopped(stop) from None
     if main:
         _show(domain_grid(result), output)
+
+
+def robustness(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Run folders or adapter files, on one backbone.", metavar="ADAPTER...")
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="Labelled images; those of the first run folder if not given.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    corruptions: Annotated[
+        str | None, typer.Option(help="Names with commas between, or none; all if not given.")
+    ] = None,
+    severities: Annotated[str, typer.Option(help="1 to 5, with commas between.")] = "1,2,3,4,5",
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 64,
+    weights: Weights = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
+) -> None:
+    """Common corruptions, calibration, whose mistakes differ, and the ensemble of adapters on one backbone.
+
+    Example: refold robustness runs/repadapter runs/lora -o robustness.json
+
+    Example: refold robustness runs/a --corruptions gaussian_noise,jpeg --severities 3
+    """
+    from refold.protocols import examine
+    from refold.report.protocols import pairs_grid, robustness_grid
+    from refold.report.tables import rich_table
+
+    names = None if corruptions is None else [name.strip() for name in corruptions.split(",")]
+    result = examine(
+        adapters,
+        data,
+        split=split,
+        corruptions=[] if names == ["none"] else names,
+        severities=_numbers(severities, "--severities"),
+        batch_size=batch_size,
+        weights=weights,
+        output=output,
+    )
+    if not _is_main():
+        return
+    console.print(rich_table(robustness_grid(result)))
+    if result.pairs:
+        console.print(rich_table(pairs_grid(result)))
+    if output is not None:
+        console.print(f"Results: {output}", highlight=False)
 
 
 def _config(data: str, model: str, output: Path, published: bool, **settings: Any) -> TrainConfig:

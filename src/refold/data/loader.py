@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from refold.data.augmentation import Augmentation, make_augmentation
-from refold.data.decoding import MODES
 from refold.data.images import ImageSet
+from refold.data.normalize import Normalize
 from refold.data.parallel import available_cpus, one_torch_thread
 from refold.data.randomness import generator
 from refold.errors import DataError
@@ -148,15 +148,8 @@ class Loader(PlannedLoader):
         workers: int = 0,
         **order: Unpack[Order],
     ) -> None:
-        if preprocessing.channels not in MODES:
-            raise DataError(
-                f"the model takes {preprocessing.channels} channels; image files give 1 or 3", where="preprocessing"
-            )
-        self._image_set = image_set
+        self._image_set, self._normalize = image_set, Normalize(preprocessing)
         self._augmentation = make_augmentation(augment, preprocessing, min(image_set.channels, preprocessing.channels))
-        std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
-        mean = torch.tensor(preprocessing.mean, dtype=torch.float64)[:, None, None]
-        self._scale, self._shift = (1 / (255 * std)).float(), (-mean / std).float()
         plans = Plans(count=len(image_set), columns=self._augmentation.columns, **order)
         if image_set.hold(self._augmentation.rendering) and not self._augmentation.slow:
             workers = min(workers, 0)  # nothing to read ahead
@@ -164,8 +157,8 @@ class Loader(PlannedLoader):
 
     def _finish(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, indices, randomness = batch
-        images = torch.addcmul(self._shift, images.float(), self._scale)  # one channel becomes three here
-        return self._augmentation.finish(images, randomness), self._image_set.targets[indices]
+        images = self._augmentation.finish(self._normalize(images), randomness)
+        return images, self._image_set.targets[indices]
 
 
 @dataclass(eq=False, kw_only=True)

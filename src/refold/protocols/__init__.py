@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from refold.protocols.corruptions import CORRUPTIONS, corrupt
 from refold.protocols.fewshot import PUBLISHED_RECIPE, FewShotResult, run_few_shot
 from refold.protocols.generalization import DomainResult, load_other, run_domains
 from refold.protocols.points import Point, parse_grid, points
+from refold.protocols.robustness import RobustnessResult, examine
 from refold.protocols.vtab import TASKS, VtabTask, find_tasks, prepare
 from refold.protocols.vtab_run import VtabResult, run_vtab
 
 __all__ = [
+    "CORRUPTIONS",
     "PUBLISHED_RECIPE",
     "TASKS",
     "DomainResult",
     "FewShotResult",
     "Point",
+    "RobustnessResult",
     "VtabResult",
     "VtabTask",
+    "corrupt",
+    "examine",
     "find_tasks",
     "load_other",
     "parse_grid",

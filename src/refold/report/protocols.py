@@ -11,9 +11,10 @@ from refold.report.grids import Grid
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from refold.protocols import DomainResult, FewShotResult, VtabResult
+    from refold.protocols import DomainResult, FewShotResult, RobustnessResult, VtabResult
+    from refold.protocols.robustness import Examined
 
-__all__ = ["domain_grid", "few_shot_curves", "few_shot_grid", "vtab_grid"]
+__all__ = ["domain_grid", "few_shot_curves", "few_shot_grid", "pairs_grid", "robustness_grid", "vtab_grid"]
 
 
 def vtab_grid(result: VtabResult) -> Grid:
@@ -104,6 +105,34 @@ def domain_grid(result: DomainResult) -> Grid:
         apart = [row.others[name].percent() for name in names]
         rows.append((row.method, str(row.point), *own, *apart, row.average.percent()))
     return Grid(title, ("method", "chosen", *columns, "mean of the others"), tuple(rows), 2)
+
+
+def robustness_grid(result: RobustnessResult) -> Grid:
+    """A row an adapter: clean accuracy, calibration error, and the mean over severities of each corruption."""
+    corruptions = list(result.rows[0].corrupted)
+
+    def cells(row: Examined) -> tuple[str, ...]:
+        means = [f"{100 * sum(values) / len(values):.1f}" for values in row.corrupted.values()]
+        overall = [_share(row.corrupted_mean)] if corruptions else []
+        return row.name, f"{100 * row.accuracy:.1f}", f"{100 * row.calibration_error:.1f}", *means, *overall
+
+    heads = ("adapter", "clean", "calibration error", *(name.replace("_", " ") for name in corruptions))
+    columns = (*heads, *(["mean of corruptions"] if corruptions else []))
+    title = f"Accuracy % on {count(result.images)} images"
+    return Grid(title, columns, tuple(cells(row) for row in result.rows))
+
+
+def pairs_grid(result: RobustnessResult) -> Grid:
+    """A row a pair of adapters: how their mistakes differ, in percent of all images."""
+    rows = tuple(
+        (
+            *pair.names,
+            *(f"{100 * value:.1f}" for value in (pair.only_first, pair.only_second, pair.neither, pair.either)),
+        )
+        for pair in result.pairs
+    )
+    columns = ("first", "second", "only the first right", "only the second", "neither", "at least one")
+    return Grid("Mistakes, % of the images", columns, rows, 2)
 
 
 def _seeds(number: int) -> str:

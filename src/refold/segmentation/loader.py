@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from refold.data.loader import Order, Plan, PlannedLoader, Plans
+from refold.data.normalize import Normalize
 from refold.data.parallel import one_torch_thread
 from refold.data.randomness import preserved, reseed
 from refold.errors import DataError
@@ -63,13 +64,13 @@ class MaskLoader(PlannedLoader):
         workers: int = 0,
         **order: Unpack[Order],
     ) -> None:
-        self._normalise = _Normalise(preprocessing)
+        self._normalize = Normalize(preprocessing)
         plans = Plans(count=len(mask_set), columns=1, **order)  # the column: seeds of the augmentation
         super().__init__(_Crops(mask_set, preprocessing, augment), plans, workers)
 
     def _finish(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, masks = batch
-        return self._normalise(images), masks.long()
+        return self._normalize(images), masks.long()
 
 
 def evaluation_pairs(
@@ -108,7 +109,7 @@ def as_input(image: Tensor, preprocessing: Preprocessing, short_side: int | None
     size = input_size(image.shape[-2], image.shape[-1], preprocessing, short_side)
     with one_torch_thread():
         image = functional.resize(image, list(size), InterpolationMode(preprocessing.interpolation), antialias=True)
-        return _Normalise(preprocessing)(image[None])
+        return Normalize(preprocessing)(image[None])
 
 
 def input_size(height: int, width: int, preprocessing: Preprocessing, short_side: int | None = None) -> tuple[int, int]:
@@ -124,20 +125,6 @@ def input_size(height: int, width: int, preprocessing: Preprocessing, short_side
         return height, width
     longer = side * max(height, width) // min(height, width)
     return (side, longer) if height <= width else (longer, side)
-
-
-class _Normalise:
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        if preprocessing.channels not in (1, 3):
-            raise DataError(
-                f"the model takes {preprocessing.channels} channels; image files give 1 or 3", where="preprocessing"
-            )
-        std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
-        mean = torch.tensor(preprocessing.mean, dtype=torch.float64)[:, None, None]
-        self._scale, self._shift = (1 / (255 * std)).float(), (-mean / std).float()
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return torch.addcmul(self._shift, images.float(), self._scale)
 
 
 class _Crops(Dataset[Any]):

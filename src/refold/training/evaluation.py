@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from refold.dense.job import Scored
     from refold.segmentation import Inference
 
-__all__ = ["Evaluation", "evaluate", "load_splits", "prediction_rows", "refuse_others", "score"]
+__all__ = ["Evaluation", "evaluate", "labelled", "load_splits", "prediction_rows", "refuse_others", "score"]
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,7 @@ def evaluate(
             for the model's task.
         StoreError, BackboneError: the model cannot be loaded.
     """
-    from refold import data as datasets
-
-    if split not in ("train", "val", "test"):
-        raise DataError(f"must be train, val or test, not {split!r}", where="split")
+    _require_split(split)
     ready = resolve(source, weights=weights, force=force)
     if ready.dense:
         from refold.dense.evaluating import evaluate_dense
@@ -107,8 +104,45 @@ def evaluate(
         refuse_others(ready.kind, given | {"skip_bad_images": skip_bad_images or None})
         return evaluate_dense(ready, data, split, inference=inference, short_side=short_side, workers=workers)
     refuse_others(ready.kind, {"inference": inference, "short_side": short_side})
+    chosen, targets = labelled(
+        ready, data, split, train=train, val=val, test=test, target=target, skip_bad_images=skip_bad_images
+    )
+    accelerator = start_accelerator()
+    return score(
+        ready.model.to(accelerator.device),
+        chosen,
+        targets,
+        ready.preprocessing,
+        ready.task,
+        accelerator=accelerator,
+        batch_size=batch_size or 64,
+        workers=workers,
+    )
+
+
+def labelled(
+    ready: Ready,
+    data: str | Path | None,
+    split: str,
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    test: str | None = None,
+    target: str | None = None,
+    skip_bad_images: bool = False,
+) -> tuple[ImageSet, Tensor]:
+    """Labelled images for a model of whole images, and their targets counted as the model does.
+
+    The arguments are those of :func:`evaluate`.
+
+    Raises:
+        DataError: no such split, other classes than the model's, or another kind of target.
+    """
+    from refold.data import load_dataset
+
+    _require_split(split)
     if data is not None:
-        splits = datasets.load_dataset(
+        splits = load_dataset(
             data, train=train, val=val, test=test, target=target, fractions=(1.0, 0.0, 0.0),
             skip_bad_images=skip_bad_images,
         )  # fmt: skip
@@ -121,18 +155,12 @@ def evaluate(
         raise DataError("is needed: only a run folder knows its data", where="data")
     if chosen is None:
         raise DataError(f"the data has no {split} split", where="split")
-    targets = _aligned(ready, splits, chosen.targets)
-    accelerator = start_accelerator()
-    return score(
-        ready.model.to(accelerator.device),
-        chosen,
-        targets,
-        ready.preprocessing,
-        ready.task,
-        accelerator=accelerator,
-        batch_size=batch_size or 64,
-        workers=workers,
-    )
+    return chosen, _aligned(ready, splits, chosen.targets)
+
+
+def _require_split(split: str) -> None:
+    if split not in ("train", "val", "test"):
+        raise DataError(f"must be train, val or test, not {split!r}", where="split")
 
 
 def refuse_others(kind: str, given: dict[str, Any]) -> None:
