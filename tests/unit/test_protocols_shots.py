@@ -126,6 +126,18 @@ def test_domains_are_tested_with_one_training(place: Path, tmp_path: Path) -> No
     )  # fmt: skip
 
 
+def test_a_record_of_other_images_or_labels_is_not_taken_for_this_one(place: Path, tmp_path: Path) -> None:
+    settings, method = config(place, tmp_path, epochs=1), [refold.LinearProbe()]
+    others = {"two": place / "two"}
+    run_domains(settings, method, others, mappings={"two": place / "two.csv"}, shots=2, seeds=[0])
+    crossed = tmp_path / "crossed.csv"
+    crossed.write_text("rot,blue\nblau,red\n")
+    for changed in ({"two": crossed}, None):
+        further = others if changed else {"noisy": place / "noisy"}
+        with pytest.raises(DataError, match="was trained or tested on other images or labels"):
+            run_domains(settings, method, further, mappings=changed, shots=2, seeds=[0])
+
+
 def test_what_does_not_go_together_is_refused(place: Path, tmp_path: Path) -> None:
     settings = config(place, tmp_path)
     probe = [refold.LinearProbe()]

@@ -4,6 +4,7 @@ between several.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -127,15 +128,24 @@ def trial(
         ``settings``; ``val``, a row for each validation; ``test``, metrics; ``others``, accuracy of each; ``seconds``.
 
     Raises:
-        DataError: a record of other settings.
+        DataError: a record of other settings or data.
         RefoldError: whatever training raises.
     """
     settings, accelerator = config.to_json(), start_accelerator()
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    data = {name: _digest(part) for name, part in parts.items() if part is not None}
+    data |= {f"others {name}": _digest(other.images, other.outputs) for name, other in (others or {}).items()}
     finished = path.is_file()
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     if finished:
         record = _read(path)
-        check_same(record["settings"], settings, ignore=(*FREE_SETTINGS, "data"))
+        check_same(record["settings"], settings, ignore=FREE_SETTINGS)
+        if record["data"] != data:
+            raise DataError(
+                "was trained or tested on other images or labels",
+                where=str(path),
+                remedy="Use another output folder, or remove this file",
+            )
         return record
     model, preprocessing = build_attached(config, splits.task, splits.classes)
     fitted = fit(
@@ -144,11 +154,8 @@ def trial(
     )  # fmt: skip
     record: dict[str, Any] = {
         "settings": settings,
-        "images": {
-            name: len(part)
-            for name, part in (("train", splits.train), ("val", splits.val), ("test", splits.test))
-            if part is not None
-        },
+        "data": data,
+        "images": {name: len(part) for name, part in parts.items() if part is not None},
         "seconds": fitted.seconds,
         "precision": fitted.precision,
     }
@@ -182,6 +189,14 @@ def _accuracy(
     return float((predicted == other.images.targets).float().mean())
 
 
+def _digest(images: ImageSet, outputs: Tensor | None = None) -> str:
+    """What tells image sets apart: their paths and targets."""
+    found = hashlib.blake2b(digest_size=12)
+    found.update("\n".join(images.paths).encode())
+    found.update(json.dumps([images.targets.tolist(), None if outputs is None else outputs.tolist()]).encode())
+    return found.hexdigest()
+
+
 def method_slug(method: Method) -> str:
     """A method's part of file names."""
     return "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in method.describe())
@@ -196,7 +211,8 @@ def write_json(path: Path, content: Any) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["settings"].keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(record[name], dict) for name in ("settings", "data")):
+            raise TypeError("it is no record of a training")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"cannot be read ({error})", where=str(path), remedy="Remove it to train again") from error
     return record
