@@ -14,9 +14,9 @@ from PIL import Image
 import refold
 from commands import run
 from refold.errors import DataError
-from refold.protocols import load_other, run_domains, run_few_shot
+from refold.protocols import load_other, run_domains, run_few_shot, run_suite
 from refold.protocols.fewshot import draw_shots
-from refold.report.protocols import domain_grid, few_shot_curves, few_shot_grid
+from refold.report.protocols import domain_grid, few_shot_curves, few_shot_grid, suite_grid
 from refold.training import TrainConfig
 
 pytestmark = pytest.mark.timeout(120)
@@ -126,6 +126,24 @@ def test_domains_are_tested_with_one_training(place: Path, tmp_path: Path) -> No
     )  # fmt: skip
 
 
+def test_a_suite_is_its_sets_and_their_mean(place: Path, tmp_path: Path) -> None:
+    methods = [refold.LinearProbe(), refold.RepAdapter(rank=2)]
+    settings = config(place, tmp_path, fractions=(0.6, 0.2, 0.2))
+    sets = {"clean": place / "source", "noisy": place / "noisy"}
+    result = run_suite(settings, methods, sets, seeds=[0, 1], grid=["scale=1,5"])
+    assert [(row.method, row.data) for row in result.rows] == [(m.describe(), s) for m in methods for s in sets]
+    probe = [row.accuracy for row in result.rows[:2]]
+    assert list(result.average("LinearProbe()")) == [(a + b) / 2 for a, b in zip(*probe, strict=True)]
+    record = json.loads(next((tmp_path / "noisy" / "LinearProbe__").iterdir()).read_text())
+    assert record["images"] == {"train": 9, "test": 3}
+    search = json.loads((tmp_path / "noisy" / "RepAdapter_rank_2_" / "val-scale1-0.json").read_text())
+    assert search["images"] == {"train": 9, "val": 3}
+    grid = suite_grid(result)
+    assert grid.columns == ("method", "clean, 12 images", "noisy, 3 images", "mean")
+    with pytest.raises(DataError, match=r"^noisy: has no test split"):
+        run_suite(settings.replace(fractions=(0.8, 0.2, 0.0)), methods, sets)
+
+
 def test_a_record_of_other_images_or_labels_is_not_taken_for_this_one(place: Path, tmp_path: Path) -> None:
     settings, method = config(place, tmp_path, epochs=1), [refold.LinearProbe()]
     others = {"two": place / "two"}
@@ -178,6 +196,12 @@ def test_the_commands(place: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "mean of the others" in (tmp_path / "far" / "results.md").read_text()
+    done = run(
+        "suite", f"a={place / 'source'}", f"b={place / 'noisy'}", *common, "--method", "LinearProbe", "-o", "all",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "b, 3 images" in done.stdout
     refused = run("dg", str(place / "source"), "--other", "noisy", cwd=tmp_path)
     assert refused.returncode == 1
     assert refused.stderr == "error: --other: cannot read 'noisy'. Write NAME=PATH, each name once\n"

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from refold.cli import adapt, demo, protocols, search, shelf, ship
+from refold.cli import adapt, demo, protocols, robustness, search, shelf, ship
 from refold.cli.console import error
 from refold.errors import RefoldError
 
@@ -30,7 +30,8 @@ for command in (
     protocols.vtab,
     protocols.fewshot,
     protocols.dg,
-    protocols.robustness,
+    protocols.suite,
+    robustness.robustness,
     ship.merge,
     ship.export,
     ship.explain,

@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 import typer
 
-from refold.cli.console import console, error
+from refold.cli.console import console, error, is_main
 from refold.cli.finish import show_result, stopped
 from refold.cli.options import (
     BACKBONE,
@@ -114,8 +114,6 @@ def train(
     Example: refold train streets/ --task segment --decoder upernet --model timm/convnext_tiny --method E3VA
     --image-size 512 --batch-size 8 --augment standard -o runs/streets
     """
-    from accelerate import PartialState
-
     from refold.training import TrainConfig
     from refold.training import train as run
 
@@ -165,7 +163,7 @@ def train(
         result = run(config, resume=resume, progress=None)
     except KeyboardInterrupt as stop:
         raise stopped(stop) from None
-    if not PartialState().is_main_process:  # under `accelerate launch` one process reports
+    if not is_main():
         return
     show_result(result, config.method, output)
 

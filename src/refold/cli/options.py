@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refold.errors import SiteError
+from refold.errors import DataError, SiteError
 from refold.methods import METHODS, Compose, Method
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "Window",
     "parse_inference",
     "parse_method",
+    "parse_numbers",
 ]
 
 #: The backbone of commands that train, unless another is named.
@@ -159,6 +160,21 @@ def parse_inference(window: int | None, stride: int | None, scales: list[float] 
         scales=tuple(scales or (1.0,)),
         flip=flip,
     )
+
+
+def parse_numbers(text: str, where: str) -> list[int]:
+    """``"0,1,2"`` as numbers.
+
+    Args:
+        where: the option that had the text, for errors.
+
+    Raises:
+        DataError: it is something else.
+    """
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise DataError(f"must be whole numbers with commas between, not {text!r}", where=where)
+    return [int(number) for number in numbers]
 
 
 def parse_method(text: str, where: str = "--method") -> Method:

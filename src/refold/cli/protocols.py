@@ -1,4 +1,4 @@
-"""``refold vtab``, ``fewshot``, ``dg`` and ``robustness``: the protocols of the papers, one command each."""
+"""``refold vtab``, ``fewshot``, ``dg`` and ``suite``: the protocols of the papers, one command each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from refold.cli.console import console
+from refold.cli.console import console, is_main
 from refold.cli.finish import stopped
 from refold.cli.options import (
     BACKBONE,
@@ -28,13 +28,14 @@ from refold.cli.options import (
     ValList,
     Weights,
     parse_method,
+    parse_numbers,
 )
 
 if TYPE_CHECKING:
     from refold.report import grids
     from refold.training import TrainConfig
 
-__all__ = ["dg", "fewshot", "robustness", "vtab"]
+__all__ = ["dg", "fewshot", "suite", "vtab"]
 
 Grid = Annotated[
     list[str] | None,
@@ -45,6 +46,7 @@ Grid = Annotated[
     ),
 ]
 Methods = Annotated[list[str], typer.Option("--method", help="Method and hyper-parameters; several are compared.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; finished trainings are kept.")]
 Normalize = Annotated[
     str,
     typer.Option(help="Inputs: model, imagenet (most papers), inception (as the .npz ViTs were trained) or none."),
@@ -83,9 +85,7 @@ def vtab(
         bool,
         typer.Option("--prepare", help="List the images under TASK/train and TASK/test, a folder per class, and stop."),
     ] = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write; finished trainings are kept.")
-    ] = Path("runs/vtab"),
+    output: Output = Path("runs/vtab"),
     weights: Weights = None,
     epochs: Annotated[int, typer.Option(help="Of each training.")] = 100,
     batch_size: BatchSize = None,
@@ -133,13 +133,13 @@ def vtab(
         pretrained=pretrained,
         workers=workers,
     )
-    main = _is_main()
+    main = is_main()
     try:
         result = run_vtab(
             config,
             tasks=names,
             grid=parse_grid(texts, [chosen])[0],
-            seeds=_numbers(seeds, "--seeds"),
+            seeds=parse_numbers(seeds, "--seeds"),
             published_protocol=published_protocol,
             progress=None,
             on_task=lambda row: (
@@ -164,9 +164,7 @@ def fewshot(
     seeds: Seeds = "0,1,2",
     grid: Grid = None,
     published_recipe: Published = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write; finished trainings are kept.")
-    ] = Path("runs/fewshot"),
+    output: Output = Path("runs/fewshot"),
     weights: Weights = None,
     train_list: TrainList = None,
     val_list: ValList = None,
@@ -197,11 +195,11 @@ def fewshot(
         target=target, fractions=split, epochs=epochs, batch_size=batch_size, lr=lr, head_lr=head_lr, augment=augment,
         image_size=image_size, normalize=normalize, precision=precision, pretrained=pretrained, workers=workers,
     )  # fmt: skip
-    main = _is_main()
+    main = is_main()
     try:
         result = run_few_shot(
-            config, [parse_method(text) for text in method], shots=_numbers(shots, "--shots"),
-            seeds=_numbers(seeds, "--seeds"), grid=grid or (), progress=None,
+            config, [parse_method(text) for text in method], shots=parse_numbers(shots, "--shots"),
+            seeds=parse_numbers(seeds, "--seeds"), grid=grid or (), progress=None,
             on_row=lambda row: _tell(main, f"{row.method}, {row.shots} shots: {row.accuracy.percent()} %"),
         )  # fmt: skip
     except KeyboardInterrupt as stop:
@@ -230,9 +228,7 @@ def dg(
     seeds: Seeds = "0,1,2",
     grid: Grid = None,
     published_recipe: Published = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write; finished trainings are kept.")
-    ] = Path("runs/dg"),
+    output: Output = Path("runs/dg"),
     weights: Weights = None,
     train_list: TrainList = None,
     val_list: ValList = None,
@@ -262,11 +258,11 @@ def dg(
         target=target, fractions=split, epochs=epochs, batch_size=batch_size, lr=lr, head_lr=head_lr, augment=augment,
         image_size=image_size, normalize=normalize, precision=precision, pretrained=pretrained, workers=workers,
     )  # fmt: skip
-    main = _is_main()
+    main = is_main()
     try:
         result = run_domains(
             config, [parse_method(text) for text in method], _pairs(other, "--other"),
-            mappings=_pairs(mapping or [], "--mapping"), shots=shots, seeds=_numbers(seeds, "--seeds"),
+            mappings=_pairs(mapping or [], "--mapping"), shots=shots, seeds=parse_numbers(seeds, "--seeds"),
             grid=grid or (), progress=None,
             on_row=lambda row: _tell(main, f"{row.method}: {row.average.percent()} % on the other sets"),
         )  # fmt: skip
@@ -276,50 +272,50 @@ def dg(
         _show(domain_grid(result), output)
 
 
-def robustness(
-    adapters: Annotated[
-        list[str], typer.Argument(help="Run folders or adapter files, on one backbone.", metavar="ADAPTER...")
-    ],
-    data: Annotated[
-        str | None, typer.Option(help="Labelled images; those of the first run folder if not given.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    corruptions: Annotated[
-        str | None, typer.Option(help="Names with commas between, or none; all if not given.")
-    ] = None,
-    severities: Annotated[str, typer.Option(help="1 to 5, with commas between.")] = "1,2,3,4,5",
-    batch_size: Annotated[int, typer.Option(help="Images of a forward pass.")] = 64,
+def suite(
+    data: Annotated[list[str], typer.Argument(help="Data sets as NAME=DATA.", metavar="NAME=DATA...")],
+    model: Model = BACKBONE,
+    method: Methods = ["RepAdapter"],  # noqa: B006 (typer reads it)
+    seeds: Seeds = "0,1,2",
+    grid: Grid = None,
+    output: Output = Path("runs/suite"),
     weights: Weights = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.")] = None,
+    split: Split = (0.6, 0.2, 0.2),
+    epochs: Epochs = 100,
+    batch_size: BatchSize = None,
+    lr: LearningRate = 1e-3,
+    head_lr: HeadRate = None,
+    augment: Augment = "none",
+    image_size: ImageSize = None,
+    normalize: Normalize = "model",
+    precision: Precision = "auto",
+    pretrained: Pretrained = True,
+    workers: Workers = 0,
 ) -> None:
-    """Common corruptions, calibration, whose mistakes differ, and the ensemble of adapters on one backbone.
+    """Several methods on several data sets, and the mean: FGVC's five sets, or your own.
 
-    Example: refold robustness runs/repadapter runs/lora -o robustness.json
-
-    Example: refold robustness runs/a --corruptions gaussian_noise,jpeg --severities 3
+    Example: refold suite cub=CUB/ birds=nabirds/ flowers=flowers/ --method RepAdapter --method SSF --grid lr=1e-3,5e-3
     """
-    from refold.protocols import examine
-    from refold.report.protocols import pairs_grid, robustness_grid
-    from refold.report.tables import rich_table
+    from refold.protocols import run_suite
+    from refold.report.protocols import suite_grid
 
-    names = None if corruptions is None else [name.strip() for name in corruptions.split(",")]
-    result = examine(
-        adapters,
-        data,
-        split=split,
-        corruptions=[] if names == ["none"] else names,
-        severities=_numbers(severities, "--severities"),
-        batch_size=batch_size,
-        weights=weights,
-        output=output,
-    )
-    if not _is_main():
-        return
-    console.print(rich_table(robustness_grid(result)))
-    if result.pairs:
-        console.print(rich_table(pairs_grid(result)))
-    if output is not None:
-        console.print(f"Results: {output}", highlight=False)
+    sets = _pairs(data, "NAME=DATA")
+    config = _config(
+        next(iter(sets.values())), model, output, False, weights=weights, fractions=split, epochs=epochs,
+        batch_size=batch_size, lr=lr, head_lr=head_lr, augment=augment, image_size=image_size, normalize=normalize,
+        precision=precision, pretrained=pretrained, workers=workers,
+    )  # fmt: skip
+    main = is_main()
+    try:
+        result = run_suite(
+            config, [parse_method(text) for text in method], sets, seeds=parse_numbers(seeds, "--seeds"),
+            grid=grid or (), progress=None,
+            on_row=lambda row: _tell(main, f"{row.method}, {row.data}: {row.accuracy.percent()} %"),
+        )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        raise stopped(stop) from None
+    if main:
+        _show(suite_grid(result), output)
 
 
 def _config(data: str, model: str, output: Path, published: bool, **settings: Any) -> TrainConfig:
@@ -329,12 +325,6 @@ def _config(data: str, model: str, output: Path, published: bool, **settings: An
 
     recipe = PUBLISHED_RECIPE if published else {}
     return TrainConfig.of(data=data, model=model, output=output, method=refold.LinearProbe(), **settings | recipe)
-
-
-def _is_main() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
 
 
 def _tell(main: bool, message: str) -> None:
@@ -348,15 +338,6 @@ def _show(table: grids.Grid, output: Path) -> None:
     (output / "results.md").write_text(f"{table.title}\n\n{markdown_table(table)}", encoding="utf-8")
     console.print(rich_table(table))
     console.print(f"Results: {output / 'results.json'}, {output / 'results.md'}", highlight=False)
-
-
-def _numbers(text: str, where: str) -> list[int]:
-    from refold.errors import DataError
-
-    numbers = [number.strip() for number in text.split(",")]
-    if not all(number.isdecimal() for number in numbers):
-        raise DataError(f"must be whole numbers with commas between, not {text!r}", where=where)
-    return [int(number) for number in numbers]
 
 
 def _pairs(texts: list[str], where: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from refold.protocols.fewshot import PUBLISHED_RECIPE, FewShotResult, run_few_sh
 from refold.protocols.generalization import DomainResult, load_other, run_domains
 from refold.protocols.points import Point, parse_grid, points
 from refold.protocols.robustness import RobustnessResult, examine
+from refold.protocols.suite import SuiteResult, run_suite
 from refold.protocols.vtab import TASKS, VtabTask, find_tasks, prepare
 from refold.protocols.vtab_run import VtabResult, run_vtab
 
@@ -18,6 +19,7 @@ __all__ = [
     "FewShotResult",
     "Point",
     "RobustnessResult",
+    "SuiteResult",
     "VtabResult",
     "VtabTask",
     "corrupt",
@@ -29,5 +31,6 @@ __all__ = [
     "prepare",
     "run_domains",
     "run_few_shot",
+    "run_suite",
     "run_vtab",
 ]

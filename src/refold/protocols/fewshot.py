@@ -21,7 +21,7 @@ from refold.data.randomness import generator
 from refold.errors import DataError
 from refold.methods import Method
 from refold.protocols.points import Point, parse_grid, points
-from refold.protocols.trial import Repeated, choose, method_slug, trial, write_json
+from refold.protocols.trial import Repeated, choose, finals, method_slug, write_json
 from refold.training.config import TrainConfig
 from refold.training.evaluation import load_splits
 
@@ -182,14 +182,12 @@ def run_few_shot(
             folder = Path(config.output) / method_slug(method) / f"{count}-shot"
             search, _ = shot_splits(splits, count, seeds[0], validate=len(candidates) > 1)
             chosen = choose(base.replace(seed=seeds[0]), candidates, search, folder, progress=progress)
-            records = []
-            for seed in seeds:
-                _, final = shot_splits(splits, count, seed, validate=False)
-                one = chosen.point.apply(base).replace(seed=seed)
-                path = folder / f"test-{chosen.point.slug}-{seed}.json"
-                records.append(trial(one, final, path, progress=progress))
+
+            def final(seed: int, count: int = count) -> Splits:
+                return shot_splits(splits, count, seed, validate=False)[1]
+
+            records, seconds = finals(base, chosen, seeds, final, folder, progress=progress)
             accuracy = Repeated(record["test"]["accuracy"] for record in records)
-            seconds = chosen.seconds + sum(record["seconds"] for record in records)
             rows.append(FewShotRow(method.describe(), count, chosen.point, chosen.candidates, accuracy, seconds))
             if on_row is not None:
                 on_row(rows[-1])

@@ -20,7 +20,7 @@ from refold.errors import DataError
 from refold.methods import Method
 from refold.protocols.fewshot import load_classes, plan, require_different, shot_splits
 from refold.protocols.points import Point
-from refold.protocols.trial import Other, Repeated, choose, method_slug, trial, write_json
+from refold.protocols.trial import Other, Repeated, choose, finals, method_slug, write_json
 from refold.training.config import TrainConfig
 
 __all__ = ["DomainResult", "DomainRow", "load_other", "run_domains"]
@@ -163,16 +163,11 @@ def run_domains(
     for method, candidates in plans:
         folder, base = Path(config.output) / method_slug(method), config.replace(method=method)
         chosen = choose(base.replace(seed=seeds[0]), candidates, parts[seeds[0]][0], folder, progress=progress)
-        records = [
-            trial(
-                chosen.point.apply(base).replace(seed=seed), parts[seed][1],
-                folder / f"test-{chosen.point.slug}-{seed}.json", others=apart, progress=progress,
-            )
-            for seed in seeds
-        ]  # fmt: skip
+        records, seconds = finals(
+            base, chosen, seeds, lambda seed: parts[seed][1], folder, others=apart, progress=progress
+        )
         found = {name: Repeated(record["others"][name] for record in records) for name in apart}
         own = None if splits.test is None else Repeated(record["test"]["accuracy"] for record in records)
-        seconds = chosen.seconds + sum(record["seconds"] for record in records)
         rows.append(DomainRow(method.describe(), chosen.point, chosen.candidates, own, found, seconds))
         if on_row is not None:
             on_row(rows[-1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from refold.training.loop import fit
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Choice", "Other", "Repeated", "choose", "method_slug", "trial", "write_json"]
+__all__ = ["Choice", "Other", "Repeated", "choose", "finals", "method_slug", "trial", "write_json"]
 
 
 class Repeated(tuple[float, ...]):
@@ -104,6 +104,36 @@ def choose(
         seconds += record["seconds"]
     best = max(candidates, key=lambda point: (last[point]["accuracy"], -last[point]["loss"]))
     return Choice(best, {str(point): row["accuracy"] for point, row in last.items()}, seconds)
+
+
+def finals(
+    config: TrainConfig,
+    chosen: Choice,
+    seeds: Sequence[int],
+    splits: Callable[[int], Splits],
+    folder: Path,
+    *,
+    others: Mapping[str, Other] | None = None,
+    progress: bool | None = False,
+) -> tuple[list[dict[str, Any]], float]:
+    """What was chosen, trained and tested with every seed: the records, ``test-POINT-SEED.json``, and all seconds.
+
+    Args:
+        config: what the choice changes.
+        chosen: of :func:`choose`.
+        seeds: of the trainings.
+        splits: seed -> data.
+        folder: of the records.
+        others, progress: as for :func:`trial`.
+    """
+    records = [
+        trial(
+            chosen.point.apply(config).replace(seed=seed), splits(seed),
+            folder / f"test-{chosen.point.slug}-{seed}.json", others=others, progress=progress,
+        )
+        for seed in seeds
+    ]  # fmt: skip
+    return records, chosen.seconds + sum(record["seconds"] for record in records)
 
 
 def trial(

@@ -21,7 +21,7 @@ from refold.data import Splits
 from refold.errors import DataError
 from refold.protocols.fewshot import require_different
 from refold.protocols.points import Point, points
-from refold.protocols.trial import Choice, Repeated, choose, trial, write_json
+from refold.protocols.trial import Choice, Repeated, choose, finals, trial, write_json
 from refold.protocols.vtab import GROUPS, TASKS, find_tasks, load_task
 from refold.training.config import TrainConfig
 
@@ -164,32 +164,28 @@ class _Task:
     def honest(self, name: str, candidates: list[Point], seeds: Sequence[int]) -> TaskResult:
         config = self.config.replace(seed=seeds[0])
         chosen = choose(config, candidates, self.search, self.folder, progress=self.progress)
-        finals = [self._train(chosen.point, seed, self.final, "test") for seed in seeds]
-        accuracy = Repeated(one["test"]["accuracy"] for one in finals)
-        return self._row(name, chosen, accuracy, finals)
+        records, seconds = finals(self.config, chosen, seeds, lambda _: self.final, self.folder, progress=self.progress)
+        accuracy = Repeated(record["test"]["accuracy"] for record in records)
+        return self._row(name, chosen, accuracy, seconds)
 
     def published(self, name: str, candidates: list[Point], seeds: Sequence[int]) -> TaskResult:
         as_val = replace(self.final, val=self.final.test, test=None)
-        records = {
-            point: [self._train(point, seed, as_val, "published", validate_every=_PUBLISHED_EVERY) for seed in seeds]
-            for point in candidates
-        }
-        scores = {
-            point: [max(row["accuracy"] for row in one["val"]) for one in found] for point, found in records.items()
-        }
-        means = {point: statistics.mean(values) for point, values in scores.items()}
-        best = max(candidates, key=means.__getitem__)
-        shown = {str(point): value for point, value in means.items()} if len(candidates) > 1 else {}
-        every = [one for found in records.values() for one in found]
-        return self._row(name, Choice(best, shown, 0.0), Repeated(scores[best]), every)
+        scores: dict[Point, Repeated] = {}
+        seconds = 0.0
+        for point in candidates:
+            records = []
+            for seed in seeds:
+                config = point.apply(self.config).replace(seed=seed, validate_every=_PUBLISHED_EVERY)
+                path = self.folder / f"published-{point.slug}-{seed}.json"
+                records.append(trial(config, as_val, path, progress=self.progress))
+            scores[point] = Repeated(max(row["accuracy"] for row in record["val"]) for record in records)
+            seconds += sum(record["seconds"] for record in records)
+        best = max(candidates, key=lambda point: scores[point].mean)
+        shown = {str(point): found.mean for point, found in scores.items()} if len(candidates) > 1 else {}
+        return self._row(name, Choice(best, shown, 0.0), scores[best], seconds)
 
-    def _train(self, point: Point, seed: int, splits: Splits, kind: str, **changes: Any) -> dict[str, Any]:
-        config = point.apply(self.config).replace(seed=seed, **changes)
-        return trial(config, splits, self.folder / f"{kind}-{point.slug}-{seed}.json", progress=self.progress)
-
-    def _row(self, name: str, chosen: Choice, accuracy: Repeated, records: Sequence[Mapping[str, Any]]) -> TaskResult:
+    def _row(self, name: str, chosen: Choice, accuracy: Repeated, seconds: float) -> TaskResult:
         assert self.final.test is not None
-        seconds = chosen.seconds + sum(record["seconds"] for record in records)
         return TaskResult(name, chosen.point, chosen.candidates, accuracy, len(self.final.test), seconds)
 
 

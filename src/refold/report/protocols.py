@@ -11,10 +11,18 @@ from refold.report.grids import Grid
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from refold.protocols import DomainResult, FewShotResult, RobustnessResult, VtabResult
+    from refold.protocols import DomainResult, FewShotResult, RobustnessResult, SuiteResult, VtabResult
     from refold.protocols.robustness import Examined
 
-__all__ = ["domain_grid", "few_shot_curves", "few_shot_grid", "pairs_grid", "robustness_grid", "vtab_grid"]
+__all__ = [
+    "domain_grid",
+    "few_shot_curves",
+    "few_shot_grid",
+    "pairs_grid",
+    "robustness_grid",
+    "suite_grid",
+    "vtab_grid",
+]
 
 
 def vtab_grid(result: VtabResult) -> Grid:
@@ -105,6 +113,22 @@ def domain_grid(result: DomainResult) -> Grid:
         apart = [row.others[name].percent() for name in names]
         rows.append((row.method, str(row.point), *own, *apart, row.average.percent()))
     return Grid(title, ("method", "chosen", *columns, "mean of the others"), tuple(rows), 2)
+
+
+def suite_grid(result: SuiteResult) -> Grid:
+    """A row a method, a column a data set, and the mean; accuracies in percent."""
+    found = {(row.method, row.data): row for row in result.rows}
+    searched = any(row.candidates for row in result.rows)
+
+    def cell(method: str, data: str) -> str:
+        row = found[method, data]
+        return row.accuracy.percent() + (f" ({row.point})" if searched else "")
+
+    title = f"Test accuracy %, last epoch; {_seeds(len(result.rows[0].accuracy))}"
+    columns = ("method", *(f"{name}, {count(images)} images" for name, images in result.images.items()), "mean")
+    methods = dict.fromkeys(row.method for row in result.rows)
+    rows = ((m, *(cell(m, name) for name in result.images), result.average(m).percent()) for m in methods)
+    return Grid(title, columns, tuple(rows))
 
 
 def robustness_grid(result: RobustnessResult) -> Grid:
