@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ class DetectionProblem(DenseProblem):
             return self.model.encoder(batch.tensors)
 
 
-def _seen_sizes(model: Detector, sizes: Iterable[tuple[int, int]], device: torch.device) -> list[tuple[int, int]]:
+def _seen_sizes(model: Detector, sizes: Sequence[tuple[int, int]], device: torch.device) -> list[tuple[int, int]]:
     """(height, width) at which the encoder sees images of these sizes, alone in their batch."""
     seen: dict[tuple[int, int], tuple[int, int]] = {}
     with in_evaluation(model.transform):
