@@ -215,8 +215,9 @@ def test_an_epoch_passes_all_data_once_evenly_spread(folder: Path) -> None:
     assert (uneven.steps, uneven.images) == (3, 6)
     seen = [batch for task, batch in problem.batches(1, 0) if task == "stuff"]
     again = [batch for task, batch in problem.batches(1, 0) if task == "stuff"]
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(seen, again, strict=True))
-    pictures = torch.cat([images for images, _ in seen])
+    assert all(a[0] == b[0] and torch.equal(a[1][0], b[1][0]) for a, b in zip(seen, again, strict=True))
+    pictures = torch.cat([images for _, (images, _) in seen])
+    assert sorted(image for keys, _ in seen for image, _ in keys) == [0, 1, 2, 3]
     assert len({tuple(image.flatten()[::97].tolist()) for image in pictures}) == 4
 
 
