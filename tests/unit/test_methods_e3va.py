@@ -282,6 +282,28 @@ def test_what_is_not_trained_gets_no_gradient_where_the_model_runs_again():
     same_gradients(*found)
 
 
+def test_a_model_changed_before_it_runs_again_is_refused():
+    """Weights, mode, or the adapter in use: each would give other features, and so wrong gradients."""
+
+    def heavier(model: nn.Module) -> None:
+        with torch.no_grad():
+            next(p for p in model.parameters() if not p.requires_grad).mul_(2)
+
+    changes = {
+        "weights": (heavier, SiteError, "frozen weights, or modules' training mode"),
+        "mode": (lambda model: model.train(), SiteError, "frozen weights, or modules' training mode"),
+        "adapter": (lambda model: refold.activate(model, "other"), RuntimeError, "different number of tensors"),
+    }
+    for change, error, reason in changes.values():
+        model = attached(encoder("swin"), refold.E3VA(rank=3, recompute="taps"))
+        refold.attach(model, refold.LoRA(rank=2), name="other")
+        refold.activate(model, "default")
+        loss = sum(y.square().mean() for y in model(pictures()))
+        change(model)
+        with pytest.raises(error, match=reason):
+            loss.backward()
+
+
 def test_images_changed_before_the_model_runs_again_are_refused():
     model, x = attached(encoder("swin"), refold.E3VA(rank=3, recompute="taps")), pictures()
     loss = sum(y.square().mean() for y in model(x))

@@ -214,6 +214,13 @@ def test_the_command_prints_the_table_and_keeps_it(root: Path, tmp_path: Path) -
         "VTAB-1k, RepAdapter(rank=4): test accuracy, last epoch; 1 seed; inputs normalised: imagenet"
     )
     assert "| mean of the 19 tasks |" in table
+    done = run(
+        "vtab", "--root", str(root), "--tasks", "svhn", "--model", "timm/test_vit", "--random-weights", "--image-size",
+        "32", "--epochs", "1", "--batch-size", "500", "--method", "RepAdapter(rank=4, scale=5)", "-o", "fixed",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "fixed" / "svhn").iterdir()} == {"test-given-0.json"}
     refused = run("vtab", "--root", str(tmp_path), cwd=tmp_path)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")

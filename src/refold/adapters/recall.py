@@ -32,6 +32,7 @@ class Forward:
         self._run: Callable[[], Any] = lambda: model(*args, **kwargs)
         self._inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         self._versions = [t._version for t in self._inputs]
+        self._model, self._state = model, _state(model)
         self._kind = self._inputs[0].device.type if self._inputs else "cpu"
         self._autocast = torch.is_autocast_enabled(self._kind), torch.get_autocast_dtype(self._kind)
         self._rng, self._devices = torch.get_rng_state(), get_device_states(*self._inputs)
@@ -47,13 +48,20 @@ class Forward:
         """Run the model as it ran, without a graph; the random state is left as it was.
 
         Raises:
-            SiteError: its input was changed in place since.
+            SiteError: its input, its frozen weights or its mode were changed since.
         """
         if [t._version for t in self._inputs] != self._versions:
             raise SiteError(
                 "the model's input was changed in place before the backward pass, which runs the model again",
                 where=where,
                 remedy="Leave the images as they are until then, or use recompute='inside'",
+            )
+        if _state(self._model) != self._state:
+            raise SiteError(
+                "frozen weights, or modules' training mode, were changed between the forward and the backward pass, "
+                "which runs the model again",
+                where=where,
+                remedy="Change them after the backward pass, or use recompute='inside'",
             )
         enabled, dtype = self._autocast
         devices, states = self._devices
@@ -62,6 +70,12 @@ class Forward:
             torch.set_rng_state(self._rng)
             set_device_states(devices, states)
             self._run()
+
+
+def _state(model: nn.Module) -> tuple[list[tuple[int, int]], list[bool]]:
+    """What a second forward depends on beside its input: frozen weights by place and version, and modes."""
+    frozen = [(p.data_ptr(), p._version) for p in model.parameters() if not p.requires_grad]
+    return frozen, [module.training for module in model.modules()]
 
 
 class Reader(Protocol):
@@ -105,6 +119,12 @@ class Recall:
         try:
             self._forward.again(self.where)
             found = [reader.recalled for reader in self.readers]
+            if any(found[index] is gradient for index, gradient in self._gradients.items()):
+                raise SiteError(
+                    "not every adapter of the forward was called again in the backward pass",
+                    where=self.where,
+                    remedy="Activate, detach or merge adapters after the backward pass, or use recompute='inside'",
+                )
         finally:
             for reader in self.readers:
                 reader.recalled = None

@@ -71,7 +71,8 @@ def vtab(
         list[str] | None,
         typer.Option(
             help="Candidates chosen on val200, such as 'scale=0.1,0.5,1,5,10' or 'lr=1e-3,1e-2'; several combine. "
-            "The scales 0.1, 0.5, 1, 5, 10 of methods that have one if not given; 'none' searches nothing.",
+            "The scales 0.1, 0.5, 1, 5, 10 of methods that have one, unless METHOD sets it, if not given; 'none' "
+            "searches nothing.",
             show_default=False,
         ),
     ] = None,
@@ -116,7 +117,8 @@ def vtab(
     chosen = parse_method(method)
     texts = [] if grid == ["none"] else grid
     if texts is None:
-        texts = ["scale=0.1,0.5,1,5,10"] if hasattr(chosen, "scale") else []
+        usual = getattr(type(chosen), "scale", None)  # of a dataclass, the default
+        texts = ["scale=0.1,0.5,1,5,10"] if usual is not None and getattr(chosen, "scale", None) == usual else []
     config = TrainConfig(
         data=str(root),
         model=model,
