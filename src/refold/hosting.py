@@ -21,8 +21,8 @@ from refold.fold import KINDS, Operator, fold_input, fold_output, fold_weight, i
 from refold.freezing import FREEZING_HOOKS, remove_hooks
 from refold.probe import tensors_of
 from refold.recompute import require_recorded
-from refold.sides import Wire
 from refold.sites import Site
+from refold.wires import Wire
 
 if TYPE_CHECKING:
     from refold.perturbation import Noise

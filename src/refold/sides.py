@@ -1,120 +1,36 @@
 """What side adapters need of a forward besides their host's own call: the residual stream, and the grid of the tokens.
 
-Hooks are module-level functions, as in :mod:`refold.hosting`; what they note is in a :class:`Wire`, which the host's
-slot and the tapped module refer to. A note is overwritten by the next call and dropped when the model's forward ends,
-so a gradient checkpoint around a whole branch, which runs it again, finds its own.
+Hooks are module-level functions, as in :mod:`refold.hosting`; what they note is in a :class:`refold.wires.Wire`, which
+the host's slot and the tapped module refer to. A note is overwritten by the next call and dropped when the model's
+forward ends, so a gradient checkpoint around a whole branch, which runs it again, finds its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from refold.adapters import Adapter, Layout, SideAdapter, TokenAdapter
+from refold.adapters import SideAdapter, TokenAdapter
 from refold.adapters.recall import Forward
 from refold.errors import SiteError
-from refold.positions import Covered, Insertion, cover, spread, uncover
+from refold.positions import Insertion, cover, spread, uncover
 from refold.probe import tensors_of
 from refold.sites import Site
+from refold.wires import Wire
 
 if TYPE_CHECKING:
     from refold.hosting import Slot
 
-__all__ = ["TAP_HOOKS", "Wire", "enter", "leave", "map_output", "untap", "wire"]
+__all__ = ["TAP_HOOKS", "enter", "leave", "map_output", "untap", "wire"]
 
 #: In the ``__dict__`` of a tapped module, and of the model: the wires that it feeds.
 _WIRES = "_refold_wires"
 #: Slots that read the residual stream before their host runs.
 _STREAM = frozenset({"stream", "sum", "before", "tokens"})
-
-
-class Wire:
-    """What was seen of the present forward on behalf of one side adapter.
-
-    Attributes:
-        slot, name, site: the adapter: the host's slot, the adapter's name in the model, and its site.
-        value: what was read, or computed, before the host ran.
-        norm: what reads the stream in front of a host of tokens; they pass it too.
-        stream: tokens as they entered the branch whose result is added to them.
-        grid: rows and columns of the tokens.
-        covered: attributes that see the longer sequence while the host runs, see :mod:`refold.positions`.
-        own: the host's own output, where ``stand_in`` was returned in its place.
-        running: whether the host runs once more, for the adapter.
-        used: whether the host ran with the adapter.
-    """
-
-    def __init__(self, slot: Slot, name: str, site: Site) -> None:
-        self.slot, self.name, self.site = slot, name, site
-        self.value: Tensor | None = None
-        self.norm: nn.Module | None = None
-        self.stream: Tensor | None = None
-        self.covered: list[Covered] = []
-        self.grid: tuple[int, int] | None = None
-        self.own: Tensor | None = None
-        self.stand_in: Tensor | None = None
-        self.running = False
-        self.used = False
-
-    @property
-    def adapter(self) -> Adapter:
-        found = self.slot[self.site.entry(self.name)]
-        assert isinstance(found, Adapter)
-        return found
-
-    def is_active(self) -> bool:
-        return self.slot.active == self.name
-
-    def take(self) -> Tensor:
-        """What was read before the host ran; only once."""
-        value, self.value = self.value, None
-        if value is None:
-            raise SiteError(
-                "the residual stream that its adapter reads was not seen in this call",
-                where=self.site.path,
-                remedy=f"Run {self.site.route.source if self.site.route else 'its source'} in the same call: put "
-                "gradient checkpoints around whole blocks",
-            )
-        return value
-
-    def layout(self, rerun: Callable[[Tensor], Tensor] | None = None) -> Layout:
-        route = self.site.route
-        return Layout(self.site.channel_dim, route.prefix if route else 0, self.grid, self.site.path, rerun)
-
-    def run(self, x: Tensor, rerun: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
-        """What the adapter adds, for features ``x``."""
-        adapter = self.adapter
-        assert isinstance(adapter, SideAdapter)
-        with _precision(x):
-            return adapter(x, self.layout(rerun))
-
-    def join(self, features: Tensor, delta: Tensor | None) -> Tensor:
-        """``features`` with what :meth:`run` gave."""
-        adapter, noise = self.adapter, self.slot.noise
-        assert isinstance(adapter, SideAdapter)
-        if delta is None:
-            return features
-        if delta.shape != features.shape:
-            raise SiteError(
-                f"its adapter gives {tuple(delta.shape)} where the host returns {tuple(features.shape)}",
-                where=self.site.path,
-                remedy="Choose other sites",
-            )
-        if noise is None:
-            return adapter.compose(features, delta)
-        return noise.around(partial(adapter.compose, added=delta), features, channel_dim=self.site.channel_dim)
-
-
-def _precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast to the dtype of low-precision features, which full-precision adapters could not multiply."""
-    kind = x.device.type
-    if x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, dtype=x.dtype)
-    return nullcontext()
 
 
 # -- around the host ----------------------------------------------------------------------------------------------

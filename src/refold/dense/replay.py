@@ -31,9 +31,9 @@ from refold.dense.encoder import Encoder
 from refold.errors import SiteError
 from refold.hosting import hosted
 from refold.probe import example_input, tensors_of
-from refold.sides import Wire
 from refold.state import is_compiled_wrapper, state_of
 from refold.training.inference import in_evaluation
+from refold.wires import Wire
 
 __all__ = ["Replay", "Tap", "precision_of"]
 
