@@ -13,6 +13,7 @@ from PIL import Image
 
 import refold
 from commands import run
+from refold.data import load_dataset
 from refold.errors import DataError
 from refold.protocols import load_other, run_domains, run_few_shot, run_suite
 from refold.protocols.fewshot import draw_shots
@@ -106,6 +107,14 @@ def test_a_further_set_counts_as_the_source_and_its_classes_compete_alone(place:
         assert {"blau": 0, "rot": 2}[Path(path).parent.name] == target
     with pytest.raises(DataError, match=r"its class 'blau' is none of the source's\. Map it"):
         load_other(place / "two", classes)
+
+
+def test_a_further_set_keeps_its_channels() -> None:
+    splits = load_dataset("packaged/elpv", fractions=(1.0, 0.0, 0.0))
+    assert splits.classes is not None
+    other = load_other("packaged/elpv", splits.classes[::-1])
+    assert torch.equal(other.images.targets, 1 - splits.train.targets)
+    assert torch.equal(other.images.read([0, 7], (16, 16)), splits.train.read([0, 7], (16, 16)))
 
 
 def test_domains_are_tested_with_one_training(place: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from refold.bench.environment import environment
-from refold.data import ImageSet, Splits, load_dataset
+from refold.data import Splits, load_dataset
 from refold.errors import DataError
 from refold.methods import Method
 from refold.protocols.fewshot import load_classes, plan, require_different, shot_splits
@@ -111,7 +111,8 @@ def load_other(data: str | Path, classes: Sequence[str], mapping: str | Path | N
             )
         places.append(index[target])
     outputs = torch.tensor(sorted(set(places)))
-    images = ImageSet(chosen.paths, torch.tensor(places)[chosen.targets], classes=list(classes), cache=chosen.cache)
+    images = chosen.subset(range(len(chosen)))  # with what it holds in memory, and its channels
+    images.targets, images.classes = torch.tensor(places)[chosen.targets], list(classes)
     return Other(images, None if len(outputs) == len(classes) else outputs)
 
 
