@@ -117,6 +117,13 @@ def _rule(records: dict[str, Record]) -> _Rule:
                 where=key,
                 remedy="Train with rows=None, or use refold.switch",
             )
+        if isinstance(method, RepAdapter) and (method.position == "parallel" or not method.mergeable):
+            raise SiteError(
+                f"adapters with position={method.position!r} and activation={method.activation!r} have no weighted "
+                "sum here",
+                where=key,
+                remedy="Train linear ones before or after a projection, or use refold.switch",
+            )
     return rule
 
 

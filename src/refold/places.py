@@ -29,6 +29,7 @@ __all__ = [
     "branch_sites",
     "branches",
     "covers",
+    "norm_site",
     "on_grid",
     "projection",
     "spatial",
@@ -212,6 +213,19 @@ def branch_site(survey: Survey, branch: Branch, slot: str) -> Site:
     return replace(site, tag=branch.source.replace(".", "-"), route=replace(site.route, turns=True))
 
 
+def norm_site(survey: Survey, branch: Branch) -> Site:
+    """A site behind the norm with which a residual branch starts, the adapter reading what the norm gives.
+
+    Raises:
+        SiteError: the branch starts with no norm, or its layout is not known.
+    """
+    if not _keeps_shape(survey, branch.entry):
+        raise SiteError(
+            "the residual branch does not start with a norm", where=branch.exit, remedy="Choose other sites"
+        )
+    return replace(block_site(survey, branch.entry, "output"), role=branch.role)
+
+
 def _width(survey: Survey, branch: Branch) -> int:
     """Channels of the stream: of the layer that reads it, or of the one that writes to it; 0 if there is neither."""
     first, last = survey.layers.get(branch.entry), projection(survey, branch)
@@ -312,15 +326,17 @@ def block_sites(
 
 
 def on_grid(survey: Survey, sites: Iterable[Site]) -> tuple[list[Site], list[Skipped]]:
-    """The sites whose features lie on a known grid of positions, and those left out because theirs do not.
+    """The sites whose features lie on a known grid of rows and columns, and those left out because theirs do not.
 
     Raises:
         SiteError: none does.
     """
     found, skipped = [], []
     for site in sites:
-        flat = len(_shape(survey, site.path) or ()) == 3 and not (site.route and site.route.grid)
-        if flat:
+        shape = _shape(survey, site.path) or ()
+        if len(shape) > 4:
+            skipped.append(Skipped(site.path, "its features lie on a grid of more than rows and columns"))
+        elif len(shape) == 3 and not (site.route and site.route.grid):
             skipped.append(Skipped(site.path, "nothing shows how its tokens lie on a grid"))
         else:
             found.append(site)
@@ -340,15 +356,17 @@ def _site(survey: Survey, path: str, slot: str, shape: tuple[int, ...], width: i
 def _grid(survey: Survey, path: str, shape: tuple[int, ...], dim: int) -> tuple[int, str, bool]:
     """Prefix tokens, and the module in whose output the grid of tokens (B, N, C) is seen, channels first or last.
 
-    It is the one with the same channels whose grid comes closest to N, called before the host.
+    It is the one with the same channels and batch whose grid comes closest to N, called before the host. Tokens that
+    come from a clip's frames as well (a Conv3d cut them) lie on no such grid, nor do those of many frames together
+    where the grid is that of one.
     """
-    if len(shape) != 3 or dim != -1:
+    if len(shape) != 3 or dim != -1 or any(isinstance(m, nn.Conv3d) for m in survey.modules.values()):
         return 0, "", True
     best: tuple[int, int, str, bool] = (0, 0, "", True)
     order = survey.trace.order
     for other, found in survey.trace.shapes.items():
-        if len(found) != 4 or order[other] > order[path] or path.startswith(f"{other}."):
-            continue  # it has not returned when the host runs
+        if len(found) != 4 or found[0] != shape[0] or order[other] > order[path] or path.startswith(f"{other}."):
+            continue  # of other images, or it has not returned when the host runs
         fitting = []
         for first in (True, False):
             channels, rows, columns = (found[1], found[2], found[3]) if first else (found[3], found[1], found[2])

@@ -132,6 +132,11 @@ class Site:
     part: int = 0
 
     @property
+    def has_shift(self) -> bool:
+        """Whether there is a place for a constant part."""
+        return self.shift is not None and self.shift.target != "none"
+
+    @property
     def key(self) -> str:
         """What names the site: the host's path, and what tells it from others there."""
         return self.entry(self.path)

@@ -2,14 +2,16 @@
 
 Shares no code with refold or timm: of a model only its tensors are read, by their names.
 
-    x <- x + layer_scale * behind(z) + beside(x, n),   n = norm(x),   z = attention(n), then MLP(n)
+    x <- x + layer_scale * behind(z) + beside(x, n),   n = norm(x),   z = attention(before(n)), then MLP(before(n))
     x <- x + after(x)                                   behind each of the two sums
+    y <- y + along(m)                                   y = W m + b, the first projection of attention and MLP
 
 Adapter (arXiv 1902.00751, 2005.00052, 2206.04673): behind(z) = z + U act(D z + a) + b.
 Adapter+ (arXiv 2406.06820): after(x) = gamma (U GELU(D x + a) + b) behind the MLP's sum.
 AdaptFormer (arXiv 2205.13535): beside(x, n) = s (U ReLU(D x + a) + b) at the MLP.
 Scaled parallel adapter (arXiv 2110.04366): beside(x, n) = s (U ReLU(D n + a) + b) at the MLP.
 LoRand (CVPR 2023): behind(z) = z + U GELU(D z + a) + b, D and U sums of Q K P.
+RepAdapter with an activation (arXiv 2302.08106): before(n) = n + s (B act(A n + a) + b); or behind(z), or along(n).
 Mona (arXiv 2408.08345): after(x) = U GELU(m + Mix m) + b, m = u + (F3 u + F5 u + F7 u) / 3, u = D (g LN(x) + f x) + a.
 """
 
@@ -117,6 +119,8 @@ def vit(
     behind: Behind = lambda block, role, z: z,
     beside: Beside = lambda block, role, x, n: np.zeros_like(x),
     after: After = lambda block, role, x: np.zeros_like(x),
+    before: Behind = lambda block, role, n: n,
+    along: Behind = lambda block, role, m: np.zeros(1),
     eps: float = 1e-6,
 ) -> Array:
     """Logits of timm's plain ViT, with or without layer scale, for images (B, channels, H, W).
@@ -126,6 +130,8 @@ def vit(
         behind: (block, role, z) -> what takes the place of z, that projection's output.
         beside: (block, role, x, n) -> what is added to the sum, from the stream and its norm.
         after: (block, role, x) -> what is added behind the sum, from the new stream.
+        before: (block, role, n) -> what takes the place of the norm's output.
+        along: (block, role, m) -> what is added to the first projection's output, from its input.
     """
     patch = t["patch_embed.proj.weight"].shape[-1]
     rows, columns = images.shape[2] // patch, images.shape[3] // patch
@@ -137,22 +143,23 @@ def vit(
         name = f"blocks.{block}"
         for role, norm, scale, branch in (("attention", "norm1", "ls1", attention), ("mlp", "norm2", "ls2", mlp)):
             n = layer_norm(x, t[f"{name}.{norm}.weight"], t[f"{name}.{norm}.bias"], eps)
-            z = behind(block, role, branch(n, t, name, heads))
+            m = before(block, role, n)
+            z = behind(block, role, branch(m, t, name, heads, along(block, role, m)))
             x = x + t.get(f"{name}.{scale}.gamma", 1.0) * z + beside(block, role, x, n)
             x = x + after(block, role, x)
     x = layer_norm(x, t["norm.weight"], t["norm.bias"], eps)
     return linear(x[:, 0], t["head.weight"], t["head.bias"])
 
 
-def attention(n: Array, t: Tensors, name: str, heads: int) -> Array:
+def attention(n: Array, t: Tensors, name: str, heads: int, added: Array) -> Array:
     batch, tokens, width = n.shape
-    qkv = linear(n, t[f"{name}.attn.qkv.weight"], t[f"{name}.attn.qkv.bias"])
+    qkv = linear(n, t[f"{name}.attn.qkv.weight"], t[f"{name}.attn.qkv.bias"]) + added
     q, k, v = qkv.reshape(batch, tokens, 3, heads, -1).transpose(2, 0, 3, 1, 4)
     weights = softmax(q @ k.transpose(0, 1, 3, 2) / math.sqrt(width // heads))
     mixed = (weights @ v).transpose(0, 2, 1, 3).reshape(n.shape)
     return linear(mixed, t[f"{name}.attn.proj.weight"], t[f"{name}.attn.proj.bias"])
 
 
-def mlp(n: Array, t: Tensors, name: str, heads: int) -> Array:
-    hidden = ACTIVATIONS["gelu"](linear(n, t[f"{name}.mlp.fc1.weight"], t[f"{name}.mlp.fc1.bias"]))
+def mlp(n: Array, t: Tensors, name: str, heads: int, added: Array) -> Array:
+    hidden = ACTIVATIONS["gelu"](linear(n, t[f"{name}.mlp.fc1.weight"], t[f"{name}.mlp.fc1.bias"]) + added)
     return linear(hidden, t[f"{name}.mlp.fc2.weight"], t[f"{name}.mlp.fc2.bias"])

@@ -32,6 +32,7 @@ NAMES = {
     "disabled",
     "explain",
     "from_pretrained",
+    "interpolate",
     "load",
     "load_peft",
     "merge",
@@ -40,6 +41,7 @@ NAMES = {
     "push_to_hub",
     "save",
     "save_peft",
+    "sweep",
     "switch",
     "train",
     "trainable_parameters",
@@ -70,7 +72,15 @@ SIGNATURES = {
 }
 
 METHODS = {
-    "RepAdapter": {"rank": 8, "groups": 2, "scale": 1.0, "dropout": 0.1, "sites": None},
+    "RepAdapter": {
+        "rank": 8,
+        "groups": 2,
+        "scale": 1.0,
+        "dropout": 0.1,
+        "sites": None,
+        "position": "before",
+        "activation": "identity",
+    },
     "LoRA": {"rank": 8, "scale": 1.0, "dropout": 0.0, "sites": None, "rows": None, "overrides": ()},
     "DoRA": {"rank": 8, "scale": 1.0, "dropout": 0.0, "sites": None, "rows": None, "overrides": ()},
     "OFT": {"block": 32, "sites": None},
@@ -183,29 +193,20 @@ def test_unknown_names_are_an_attribute_error():
 
 
 PROGRAM = """
-import sys, time
+import sys
 import torch
-start = time.perf_counter()
+before = set(sys.modules)
 import refold
-seconds = time.perf_counter() - start
-heavy = {"timm", "transformers", "torchvision", "huggingface_hub", "accelerate", "open_clip", "matplotlib", "PIL",
-         "torchmetrics", "pandas", "rich", "typer", "onnx", "torch._dynamo"}
-print(seconds, *sorted(heavy & sys.modules.keys()))
+new = set(sys.modules) - before
+print(*sorted({name.partition(".")[0] for name in new} - sys.stdlib_module_names - {"refold", "torch", "safetensors"}))
+print(*sorted({"torch._dynamo", "torch._inductor", "torch.onnx"} & new))
 """
 
 
-def test_importing_is_light():
-    """torch alone, and quick: 0.15 s is the goal, 0.5 s the limit here, so that a busy machine does not fail it."""
-    best = float("inf")
-    for _ in range(3):
-        found = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-        seconds, *heavy = found.stdout.split()
-        assert not heavy
-        best = min(best, float(seconds))
-        if best < 0.15:
-            break
-    print(f"import refold: {best:.3f} s after torch")
-    assert best < 0.5
+def test_importing_needs_torch_alone_and_not_its_compilers():
+    """What makes an import slow: other packages, and the large parts of torch that it leaves out itself."""
+    found = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
 
 
 def test_attaching_does_not_load_the_compiler():

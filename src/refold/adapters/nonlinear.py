@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from refold.adapters.side import Layout, SideAdapter
 
-__all__ = ["ACTIVATIONS", "Bottleneck", "GatedBottleneck", "start"]
+__all__ = ["ACTIVATIONS", "Bottleneck", "GatedBottleneck", "GroupedLinear", "start"]
 
 
 class QuickGELU(nn.Module):
@@ -37,20 +37,20 @@ def start(down: Tensor, up: Tensor, biases: Iterable[Tensor], init: str | float)
     """Set a bottleneck's tensors to a published start.
 
     Args:
-        init: ``"lora"`` (Down Kaiming-uniform with a = sqrt(5), Up zero), ``"kaiming"`` (both), ``"xavier"`` (both
-            Xavier-uniform, biases of std 1e-6), or a number, the standard deviation of a normal cut off at two.
-            Biases are zero otherwise.
+        init: ``"lora"`` (Down Kaiming-uniform with a = sqrt(5), Up zero), ``"repadapter"`` (Down Xavier-uniform, Up
+            zero), ``"kaiming"`` (both), ``"xavier"`` (both Xavier-uniform, biases of std 1e-6), or a number, the
+            standard deviation of a normal cut off at two. Biases are zero otherwise.
     """
     for bias in biases:
         nn.init.normal_(bias, std=1e-6 if init == "xavier" else 0.0)
     for weight in (down, up):
-        if init == "xavier":
+        if init in ("xavier", "repadapter"):
             nn.init.xavier_uniform_(weight)
         elif isinstance(init, float):
             nn.init.trunc_normal_(weight, std=init, a=-2 * init, b=2 * init)
         else:
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-    if init == "lora":
+    if init in ("lora", "repadapter"):
         nn.init.zeros_(up)
 
 
@@ -62,12 +62,40 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     return x * (kept / (1 - rate))
 
 
+class GroupedLinear(nn.Module):
+    """``B x + b`` with B block-diagonal over ``groups``; both zero until they are set.
+
+    ``weight`` is (out, in / groups): the rows of a group see that group's inputs alone.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        groups: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.zeros(out_width, in_width // groups, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_width, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.block_diag(*self.weight.chunk(self.groups)), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1] * self.groups}, {len(self.weight)}, groups={self.groups}"
+
+
 class Bottleneck(SideAdapter):
     """``scale * (Up drop(act(Down x + a)) + b)`` along the channels.
 
     Args:
         width: channels d of what it reads.
         hidden: inner width h.
+        groups: Up is block-diagonal over so many; divides ``hidden`` and ``out_width``.
         dropout: on the h numbers, in training only.
         out_width: channels of what it adds; ``width`` if None.
         init: as :func:`start` takes it.
@@ -84,6 +112,7 @@ class Bottleneck(SideAdapter):
         activation: str = "gelu",
         *,
         out_width: int | None = None,
+        groups: int = 1,
         init: str | float = "lora",
         channel_scale: bool = False,
         drop_path: float = 0.0,
@@ -93,10 +122,15 @@ class Bottleneck(SideAdapter):
         super().__init__()
         self.scale, self.dropout, self.drop_path = scale, dropout, drop_path
         out_width = width if out_width is None else out_width
-        self.down = nn.Linear(width, hidden, device=device, dtype=dtype)
+        factory = {"device": device, "dtype": dtype}
+        self.down = nn.Linear(width, hidden, **factory)
         self.activation = ACTIVATIONS[activation]()
-        self.up = nn.Linear(hidden, out_width, device=device, dtype=dtype)
-        self.gamma = nn.Parameter(torch.ones(out_width, device=device, dtype=dtype)) if channel_scale else None
+        self.up = (
+            nn.Linear(hidden, out_width, **factory)
+            if groups == 1
+            else GroupedLinear(hidden, out_width, groups, **factory)
+        )
+        self.gamma = nn.Parameter(torch.ones(out_width, **factory)) if channel_scale else None
         start(self.down.weight, self.up.weight, (self.down.bias, self.up.bias), init)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:

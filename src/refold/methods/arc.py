@@ -68,7 +68,7 @@ class ARC(Method):
             self.dropout,
             group=site.role,
             channel_dim=site.channel_dim,
-            shift=site.shift is not None and site.shift.target != "none",
+            shift=site.has_shift,
             device=device,
             dtype=dtype,
         )

@@ -45,7 +45,7 @@ from refold.adapters.nonlinear import ACTIVATIONS
 from refold.adapters.separable import SeparableConv, SeparableKernel
 from refold.errors import SiteError
 from refold.methods.base import Method, Plan, is_count, require
-from refold.methods.weight import WeightMethod, check_usual, noted
+from refold.methods.weight import check_usual, noted
 from refold.places import block_site, block_sites, branch_site, branches, on_grid
 from refold.probe import tensors_of
 from refold.roles import ROLES
@@ -189,12 +189,11 @@ class ConvAdapter(Method):
         form = site.geometry
         assert form is not None
         if site.slot == "weight":
-            shift = WeightMethod.has_shift(site)
             return SeparableKernel(
                 site.weight_shape,
                 self._hidden(form),
                 channel_dim=site.channel_dim,
-                shift=shift,
+                shift=site.has_shift,
                 device=device,
                 dtype=dtype,
             )

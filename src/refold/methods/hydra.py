@@ -65,7 +65,7 @@ class Hydra(WeightMethod):
             self.scale,
             self.dropout,
             channel_dim=site.channel_dim,
-            shift=self.has_shift(site),
+            shift=site.has_shift,
             device=device,
             dtype=dtype,
         )

@@ -1,4 +1,4 @@
-"""Where sequential bottlenecks go: behind the last projection of a residual branch, or behind any layer."""
+"""Where bottlenecks go: behind the last projection of a residual branch, behind any layer, or beside one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refold.roles import ROLES
 from refold.sites import Layer, Site, Skipped
 from refold.survey import Survey
 
-__all__ = ["behind", "behind_last", "is_reached", "last_layers", "linear"]
+__all__ = ["behind", "behind_last", "beside", "last_layers", "linear"]
 
 
 def last_layers(
@@ -88,7 +88,7 @@ def behind(survey: Survey, layer: Layer, *, folds: bool, dropout: float = 0.0) -
     host = layer.path if layer.owner is None else layer.owner
     # torch's attention returns what its output projection gives. Of any other module that cannot be told.
     attention = kind_of(survey.modules[host]) is KINDS["attention"] and host != layer.path
-    if not (is_reached(layer) or attention):
+    if not (_is_reached(layer) or attention):
         raise SiteError(
             f"{host or 'the model itself'} multiplies with its weight inside, so what that gives cannot be reached",
             where=layer.path,
@@ -97,7 +97,38 @@ def behind(survey: Survey, layer: Layer, *, folds: bool, dropout: float = 0.0) -
     return replace(block_site(survey, host, "output"), role=layer.role)
 
 
-def is_reached(layer: Layer) -> bool:
+def beside(survey: Survey, layer: Layer, *, folds: bool, dropout: float = 0.0, wants_shift: bool = False) -> Site:
+    """The site of a bottleneck from what ``layer`` reads to what it gives.
+
+    Args:
+        folds: the bottleneck is linear, an addition to the layer's weight; else it stays beside the backbone.
+        dropout: the bottleneck's, which is noted where it has no effect.
+        wants_shift: whether a bottleneck that folds has a constant part.
+
+    Raises:
+        SiteError: what the layer reads or gives cannot be reached, or lies on other positions.
+    """
+    if folds:
+        site = survey.weight_site(layer, wants_shift=wants_shift)
+        return noted(site, "no dropout: the weight itself is replaced") if dropout and site.owner is not None else site
+    if not _is_reached(layer):
+        raise SiteError(
+            "its input and output cannot be reached, only its weight",
+            where=layer.path,
+            remedy='Use activation="identity", added, or other sites',
+        )
+    site, op = block_site(survey, layer.path, "parallel"), layer.operator
+    given, made = survey.trace.inputs[layer.path], survey.trace.shapes[layer.path]
+    if given[op.channel_dim + 1 or len(given) :] != made[op.channel_dim + 1 or len(made) :]:
+        raise SiteError(
+            "its output has other positions than its input, which a bottleneck cannot follow",
+            where=layer.path,
+            remedy='Use activation="identity", added, or other sites',
+        )
+    return replace(site, width=op.in_width, out_width=op.out_width, role=layer.role)
+
+
+def _is_reached(layer: Layer) -> bool:
     """Whether the hooks of ``layer`` see what its weight multiplies and what that gives."""
     return layer.owner is None and KINDS[layer.kind].returns_product
 
@@ -112,8 +143,7 @@ def linear(
     dtype: torch.dtype | None,
 ) -> LinearBottleneck:
     """A bottleneck without an activation for a site of :func:`behind` that folds; ``init`` as ``start`` takes it."""
-    shift = site.shift is not None and site.shift.target != "none"
-    options = {"channel_dim": site.channel_dim, "shift": shift, "device": device, "dtype": dtype}
+    options = {"channel_dim": site.channel_dim, "shift": site.has_shift, "device": device, "dtype": dtype}
     adapter = LinearBottleneck(site.out_width, hidden, 1, scale, dropout, **options)
     start(adapter.down, adapter.up, [b for b in (adapter.down_bias, adapter.up_bias) if b is not None], init)
     return adapter

@@ -68,7 +68,7 @@ class KAdaptation(PartsMethod):
                 # Separate projections of one attention are children of one module.
                 place=site.path.rpartition(".")[0] if letter else site.path,
                 channel_dim=site.channel_dim,
-                shift=self.has_shift(site),
+                shift=site.has_shift,
                 device=device,
                 dtype=dtype,
             )

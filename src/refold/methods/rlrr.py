@@ -76,7 +76,7 @@ class RLRR(PartsMethod):
         return Plan(tuple(sites), tuple(skipped.values()))
 
     def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> WeightAdapter | ScaleShift:
-        options = {"channel_dim": site.channel_dim, "device": device, "dtype": dtype, "shift": self.has_shift(site)}
+        options = {"channel_dim": site.channel_dim, "device": device, "dtype": dtype, "shift": site.has_shift}
         if site.slot == "output":
             return ScaleShift(site.out_width, **options)
         return self.by_parts(site, lambda shape, letter: Rescaled(shape, **options))

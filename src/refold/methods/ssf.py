@@ -65,7 +65,7 @@ class SSF(Method):
         return ScaleShift(
             site.out_width,
             channel_dim=site.channel_dim,
-            shift=site.shift is not None and site.shift.target != "none",
+            shift=site.has_shift,
             device=device,
             dtype=dtype,
         )

@@ -24,18 +24,17 @@ Layouts: channels last and channels first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from refold.adapters import Adapter, LowRank
 from refold.adapters.nonlinear import ACTIVATIONS, Bottleneck, GatedBottleneck
-from refold.errors import SiteError
 from refold.methods.base import Method, Plan, is_count, require
-from refold.methods.insertion import behind, behind_last, is_reached, linear
-from refold.methods.weight import check_usual, noted
-from refold.places import block_site, branch_sites, tried
+from refold.methods.insertion import behind, behind_last, beside, linear
+from refold.methods.weight import check_usual
+from refold.places import branch_sites, tried
 from refold.sites import Layer, Site
 from refold.survey import Survey
 
@@ -114,29 +113,7 @@ class Unified(Method):
         """The site behind ``layer``, or beside it."""
         if self.position == "sequential":
             return behind(survey, layer, folds=self.mergeable, dropout=self.dropout)
-        return self._beside(survey, layer)
-
-    def _beside(self, survey: Survey, layer: Layer) -> Site:
-        """The site of a bottleneck from what ``layer`` reads to what it gives."""
-        if self.mergeable:
-            site = survey.weight_site(layer)
-            dropped = self.dropout and site.owner is not None
-            return noted(site, "no dropout: the weight itself is replaced") if dropped else site
-        if not is_reached(layer):
-            raise SiteError(
-                "its input and output cannot be reached, only its weight",
-                where=layer.path,
-                remedy='Use activation="identity" and composition="add", or other sites',
-            )
-        site, op = block_site(survey, layer.path, "parallel"), layer.operator
-        given, made = survey.trace.inputs[layer.path], survey.trace.shapes[layer.path]
-        if given[op.channel_dim + 1 or len(given) :] != made[op.channel_dim + 1 or len(made) :]:
-            raise SiteError(
-                "its output has other positions than its input, which a bottleneck cannot follow",
-                where=layer.path,
-                remedy='Use activation="identity" and composition="add", or other sites',
-            )
-        return replace(site, width=op.in_width, out_width=op.out_width, role=layer.role)
+        return beside(survey, layer, folds=self.mergeable, dropout=self.dropout)
 
     def build(self, site: Site, device: torch.device | None, dtype: torch.dtype | None) -> Adapter:
         if site.slot == "weight":

@@ -89,8 +89,3 @@ class WeightMethod(Method):
         if getattr(self, "dropout", 0) and site.owner is not None:
             return noted(site, "no dropout: the weight itself is replaced")
         return site
-
-    @staticmethod
-    def has_shift(site: Site) -> bool:
-        """Whether the layer has a place for a constant part."""
-        return site.shift is not None and site.shift.target != "none"
