@@ -2,11 +2,13 @@
 
     python benchmarks/accuracy.py [runs] [cost] [report] [list]
 
-* runs: every method of ``refold.METHODS`` on ELPV; the best six by validation also on textile and on few-shot cut-outs
-  (``accuracy_entries.py``, ``accuracy_data.py``). Hours on two cores; finished runs are kept in ``results/accuracy``
-  and not repeated: stop and start at will. Several processes share the work (``--threads 1``, one a core).
+* runs: every method of ``refold.METHODS`` on ELPV; the best six by validation also on textile, few-shot cut-outs and
+  Fashion-MNIST (``accuracy_entries.py``, ``accuracy_data.py``). Hours on two cores; finished runs are kept in
+  ``results/accuracy`` and not repeated: stop and start at will. Several processes share the work (``--threads 1``, one
+  a core).
 * cost: step time, stored bytes and inference of each, half a minute a method, on a quiet machine (``results/cost``).
-* report: the table and the plots in ``docs/methods/results.md``, of what is finished.
+* report: the table and the plots in ``docs/methods/results.md``, and the means over the data sets in
+  ``docs/results/suite.md``, of what is finished.
 * list: the pieces and their state.
 
 Runs, cost and report if none is named. ``python benchmarks/readme.py`` then brings the table to README.md.
@@ -30,12 +32,13 @@ import accuracy_report
 import accuracy_runs
 import common
 import refold
+from accuracy_data import Folders
 from accuracy_entries import VIT, Entry, entries, probe_of, unknown_names
 
 PARTS = ("runs", "cost", "report", "list")
 
 
-def pieces(chosen: list[Entry], stamps: Path, *, wait: bool = False) -> Iterator[tuple[str, Entry]]:
+def pieces(chosen: list[Entry], folders: Folders, *, wait: bool = False) -> Iterator[tuple[str, Entry]]:
     """What to run, in order; who goes on to the further data sets is known when the first is done by all processes."""
     yield from ((accuracy_report.FIRST, entry) for entry in chosen)
     for entry in chosen if wait else ():
@@ -43,8 +46,8 @@ def pieces(chosen: list[Entry], stamps: Path, *, wait: bool = False) -> Iterator
             pass
     going_on = accuracy_report.best(accuracy_report.finished())
     for dataset in accuracy_report.FURTHER:
-        if not accuracy_data.available(dataset, stamps):
-            print(accuracy_data.MISSING)
+        if reason := folders.missing(dataset):
+            print(f"{dataset} skipped: {reason}")
             continue
         probe = probe_of(next(e for e in entries() if e.backbone == VIT))
         yield from ((dataset, e) for e in (probe, *(e for e in going_on if e != probe)) if e in chosen)
@@ -64,17 +67,17 @@ def is_finished(dataset: str, entry: Entry) -> bool:
     return True
 
 
-def runs(chosen: list[Entry], stamps: Path, most: int | None) -> bool:
+def runs(chosen: list[Entry], folders: Folders, most: int | None) -> bool:
     """Run unfinished pieces, at most so many; a method that fails does not stop the others. Whether none failed."""
     failed = done = 0
-    for dataset, entry in pieces(chosen, stamps, wait=True):
+    for dataset, entry in pieces(chosen, folders, wait=True):
         if done == most:
             break
         try:
             with claim(dataset, entry) as ours:
                 if not ours or is_finished(dataset, entry):
                     continue
-                accuracy_runs.suite(dataset, entry, accuracy_data.load(dataset, stamps))
+                accuracy_runs.suite(dataset, entry, accuracy_data.load(dataset, folders))
                 done += 1
         except refold.SiteError as error:
             print(f"{entry.label}: not run: {error}")
@@ -94,8 +97,8 @@ def cost(chosen: list[Entry]) -> None:
             print(f"{entry.label}: not measured: {error}")
 
 
-def show(chosen: list[Entry], stamps: Path) -> None:
-    for dataset, entry in pieces(chosen, stamps):
+def show(chosen: list[Entry], folders: Folders) -> None:
+    for dataset, entry in pieces(chosen, folders):
         state = "finished" if is_finished(dataset, entry) else "to run"
         print(f"{dataset:9} {entry.slug:40} {state:9} {entry.backbone}  {'; '.join(map(str, entry.grid))}")
     print("names in the tables that no method has:", ", ".join(unknown_names()) or "none")
@@ -108,19 +111,20 @@ def main() -> None:
     parser.add_argument("--only", help="these methods, by their labels, with semicolons between")
     parser.add_argument("--skip", help="all but these")
     parser.add_argument("--pieces", type=int, help="stop after so many pieces (a method on a data set)")
-    parser.add_argument("--stamps", type=Path, default=accuracy_data.STAMPS, help="folder of Tux Paint's stamps")
+    parser.add_argument("--stamps", type=Path, default=Folders.stamps, help="folder of Tux Paint's stamps")
+    parser.add_argument("--fashion", type=Path, default=Folders.fashion, help="folder of Fashion-MNIST's IDX files")
     parser.add_argument("--threads", type=int, help="torch threads")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     only, skip = ([name.strip() for name in (text or "").split(";")] for text in (arguments.only, arguments.skip))
     chosen = [e for e in entries() if (not arguments.only or e.label in only) and e.label not in skip]
-    parts = arguments.parts or PARTS[:3]
+    parts, folders = arguments.parts or PARTS[:3], Folders(arguments.stamps, arguments.fashion)
     sound = True
     if "list" in parts:
-        show(chosen, arguments.stamps)
+        show(chosen, folders)
     if "runs" in parts:
-        sound = runs(chosen, arguments.stamps, arguments.pieces)
+        sound = runs(chosen, folders, arguments.pieces)
     if "cost" in parts:
         cost(chosen)
     if "report" in parts:

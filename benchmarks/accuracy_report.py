@@ -1,7 +1,7 @@
 """The results of the accuracy benchmark: one table, two plots, and what README.md shows of them.
 
 Written from what is finished: ``results/accuracy.json``, ``results/accuracy.md`` (README's table),
-``docs/methods/results.md`` and two figures.
+``docs/methods/results.md``, ``docs/results/suite.md`` and two figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from accuracy_entries import BACKBONES, LEFT_OUT, LITE, VIT, Entry, entries
 from refold.bench import measure
 from refold.report import figures
 
-PAGE = Path(__file__).parent.parent / "docs" / "methods" / "results.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, SUITE = DOCS / "methods" / "results.md", DOCS / "results" / "suite.md"
 FIRST, *FURTHER = accuracy_data.EPOCHS
 BEST = 6
 Rows = dict[tuple[str, str], dict[str, Any]]  # (data set, entry's slug) -> row of accuracy_runs.suite
@@ -154,7 +155,8 @@ def page(rows: Rows) -> str:
         "the one that the linear probe chose. Test is scored once: mean and standard deviation over seeds. "
         f"elpv: {accuracy_data.INSPECTION['elpv'][0]} training, {accuracy_data.INSPECTION['elpv'][1]} validation and "
         f"{accuracy_data.INSPECTION['elpv'][2]} test images, {accuracy_data.EPOCHS['elpv']} epochs, every method. The "
-        f"best six of it by validation ({six}) also run on textile and on the cut-outs, as does the linear probe.",
+        f"best six of it by validation ({six}) also run on textile, the cut-outs and a part of Fashion-MNIST, as does "
+        "the linear probe.",
         f"cut-outs: {accuracy_data.SHOTS} training and {accuracy_data.VALIDATION} validation images a class from the "
         "stamps of Tux Paint (Debian's tuxpaint-stamps-default, GPL-2, not part of refold), photographs and drawings "
         "cut out and put on plain white; the class is the category folder, mirrored and near-equal files are left out; "
@@ -167,6 +169,34 @@ def page(rows: Rows) -> str:
         *(["## Not in the tables", absent] if absent else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def suite_page(rows: Rows) -> str | None:
+    """The data sets as one suite, of the methods that are finished on all of them; None if there is none."""
+    cells = []
+    for entry in ranked(rows, VIT):
+        mine = [rows.get((dataset, entry.slug)) for dataset in accuracy_data.EPOCHS]
+        if all(mine):
+            runs = zip(*(row["test_accuracy"] for row in mine if row), strict=True)
+            means = [100 * statistics.mean(accuracies) for accuracies in runs]
+            average = f"{statistics.mean(means):.1f} ± {statistics.stdev(means):.1f}"
+            cells.append((statistics.mean(means), [entry.label, *map(spread, mine), average]))
+    if not cells:
+        return None
+    train, val, test = accuracy_data.DRAWN
+    return "\n\n".join(
+        [
+            "# Four tasks in the manner of VTAB-1k",
+            "<!-- written by `python benchmarks/accuracy.py report`; do not edit -->",
+            f"{BACKBONES[VIT]} at {accuracy_runs.SIZE} px. Two of inspection (electroluminescence of solar cells, "
+            f"textiles), cut-outs of {accuracy_data.SHOTS} training images a class, and Fashion-MNIST with {train} "
+            f"training, {val} validation and {test} test images. The methods are the best six on ELPV's validation "
+            "images and the linear probe; for each task the rate, or the scale, comes from a grid of three on its "
+            f"validation images, and test is scored once with each of {len(accuracy_runs.SEEDS)} seeds. The recipe is "
+            "that of [the methods' results](../methods/results.md). Raw results: `benchmarks/results/accuracy`.",
+            common.markdown(["method", *accuracy_data.EPOCHS, "mean"], [line for _, line in sorted(cells)[::-1]]),
+        ]
+    )
 
 
 def write() -> None:
@@ -188,6 +218,9 @@ def write() -> None:
     plots(rows)
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(page(rows))
+    if suite := suite_page(rows):
+        SUITE.parent.mkdir(parents=True, exist_ok=True)
+        SUITE.write_text(suite + "\n")
     print(table(rows, ranked(rows, VIT)))
 
 
