@@ -35,6 +35,6 @@ def read_call(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"cannot read {text!r}")
         try:
             values[keyword.arg] = ast.literal_eval(keyword.value)
-        except (TypeError, RecursionError, MemoryError) as error:
+        except (ValueError, TypeError, RecursionError, MemoryError) as error:
             raise ValueError(f"cannot read {text!r}") from error
     return call.func.id, values

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
 
 from refold.attachment import attach
+from refold.calls import read_call
 from refold.dense.encoder import LoadedEncoder, load_encoder
 from refold.detection import KINDS, MASK_KINDS, build_detector
 from refold.errors import DataError, StoreError
@@ -25,6 +28,12 @@ TASKS: dict[str, tuple[str, ...]] = {
     "detect": tuple(kind for kind in KINDS if kind not in MASK_KINDS),
     "instance": MASK_KINDS,
 }
+_DETECTOR: dict[str, type] = {
+    "channels": int, "hidden": int, "anchor_scale": float, "rois": int, "score_threshold": float, "detections": int,
+}  # fmt: skip
+#: Settings that a decoder's name may bring, and their kind.
+_SETTINGS: dict[str, dict[str, type]] = {"segment": {"width": int}, "detect": _DETECTOR, "instance": _DETECTOR}
+_LARGEST = 65536  # of a setting: files are not trusted
 #: Where the backbone is: the part that adapters are attached to.
 BACKBONE = {"segment": "encoder.body", "detect": "backbone.encoder.body", "instance": "backbone.encoder.body"}
 #: COCO's longest side for its shortest, in pixels.
@@ -32,17 +41,39 @@ _LONGEST = 1333 / 800
 
 
 def default_decoder(task: str, decoder: str | None) -> str:
-    """The decoder, checked to be one of the task's; the task's default for None.
+    """The decoder as a call in one spelling, checked to be one of the task's; the task's default for None.
+
+    Args:
+        decoder: a name, or one with settings: ``"mask_rcnn(channels=64, rois=64)"``. Of segmentation they are those of
+            :class:`refold.segmentation.Segmenter`, else those of :func:`refold.detection.build_detector`.
 
     Raises:
-        DataError: an unknown task, or a decoder that is not for it.
+        DataError: an unknown task, a decoder that is not for it, or settings that it has not.
     """
+    name, settings = _read(task, decoder)
+    told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    return f"{name}({told})" if told else name
+
+
+def _read(task: str, decoder: str | None) -> tuple[str, Mapping[str, Any]]:
     if task not in TASKS:
         raise DataError(f"unknown task {task!r}", where="task", remedy=f"Known: {', '.join(TASKS)}")
-    chosen = TASKS[task][0] if decoder is None else decoder
-    if chosen not in TASKS[task]:
-        raise DataError(f"{chosen!r} is not for {task}", where="decoder", remedy=f"Known: {', '.join(TASKS[task])}")
-    return chosen
+    try:
+        name, settings = (TASKS[task][0], {}) if decoder is None else read_call(decoder)
+    except ValueError as error:
+        remedy = f"Write for example {TASKS[task][0]!r}, or settings behind it as in 'mask_rcnn(rois=64)'"
+        raise DataError(str(error), where="decoder", remedy=remedy) from error
+    if name not in TASKS[task]:
+        raise DataError(f"{name!r} is not for {task}", where="decoder", remedy=f"Known: {', '.join(TASKS[task])}")
+    known = _SETTINGS[task]
+    for key, value in settings.items():
+        if key not in known:
+            raise DataError(f"{name} has no setting {key!r}", where="decoder", remedy=f"Known: {', '.join(known)}")
+        kinds = (int,) if known[key] is int else (int, float)
+        if type(value) not in kinds or not 0 <= value <= _LARGEST:
+            kind = "whole number" if known[key] is int else "number"
+            raise DataError(f"must be a {kind} from 0 to {_LARGEST}, not {value!r}", where=f"{name}'s {key}")
+    return name, settings
 
 
 def build(
@@ -51,7 +82,7 @@ def build(
     """The model of a task, its decoder or heads fresh.
 
     Args:
-        task, decoder: see :data:`TASKS`.
+        task, decoder: see :data:`TASKS` and :func:`default_decoder`.
         loaded: the encoder.
         preprocessing: of its images; the crop of segmentation, the short side of detection.
         classes: names; of detection without background.
@@ -59,12 +90,13 @@ def build(
     Raises:
         BackboneError, DataError: as those two.
     """
+    name, settings = _read(task, decoder)
     if task == "segment":
-        return Segmenter(loaded.encoder, decoder, len(classes))
+        return Segmenter(loaded.encoder, name, len(classes), **settings)
     side = min(preprocessing.size)
     longest = max(round(_LONGEST * side), *preprocessing.size)
     return build_detector(
-        decoder, loaded.encoder, len(classes), preprocessing=preprocessing, min_size=side, max_size=longest
+        name, loaded.encoder, len(classes), preprocessing=preprocessing, min_size=side, max_size=longest, **settings
     )
 
 

@@ -141,9 +141,12 @@ def build_detector(
     """
     if kind not in KINDS:
         raise DataError(f"unknown detector {kind!r}", where="kind", remedy=f"Known: {', '.join(KINDS)}")
-    for name, value in {"classes": classes, "channels": channels, "hidden": hidden, "rois": rois}.items():
+    counts = {"classes": classes, "channels": channels, "hidden": hidden, "rois": rois, "detections": detections}
+    for name, value in counts.items():
         if value < 1:
             raise DataError(f"must be positive, not {value}", where=name)
+    if not 0 <= score_threshold < 1:
+        raise DataError(f"must be in [0, 1), not {score_threshold}", where="score_threshold")
     if not 0 < min_size <= max_size:
         raise DataError(f"must be positive and at most max_size ({max_size}), not {min_size}", where="min_size")
     if preprocessing.channels != 3:

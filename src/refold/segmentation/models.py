@@ -29,7 +29,7 @@ class Segmenter(nn.Module):
 
     Raises:
         BackboneError: an unknown decoder, or one that does not go with the encoder.
-        DataError: fewer than two classes.
+        DataError: fewer than two classes, or no channels.
         MissingExtraError: segmentation-models-pytorch, which the decoder comes from, is not installed.
     """
 
@@ -37,6 +37,8 @@ class Segmenter(nn.Module):
         super().__init__()
         if classes < 2:
             raise DataError(f"segmentation needs two classes at least, not {classes}", where="classes")
+        if width < 1:
+            raise DataError(f"must be positive, not {width}", where="width")
         self.encoder = encoder
         self.decoder = make_decoder(decoder, encoder, classes, width)
         self.classes = classes
