@@ -7,7 +7,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 # `auto` would take every core of a shared machine; two workers suit the small models the tests use.
 JOBS ?= 2
 
-.PHONY: help install demo test test-all lint types format docs bench bench-families bench-speed bench-accuracy bench-search bench-dense clean
+.PHONY: help install demo test test-all lint types format docs bench bench-families bench-speed bench-accuracy bench-search bench-dense bench-protocols bench-video clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -51,7 +51,7 @@ format: $(STAMP)  ## rewrite the sources in the house format
 docs: $(STAMP)  ## docs/methods: a page and a picture for each method, from the sources
 	$(BIN)/python benchmarks/method_pages.py
 
-bench: bench-families bench-speed bench-accuracy bench-search bench-dense  ## every benchmark; hours on two cores, resumable
+bench: bench-families bench-speed bench-accuracy bench-search bench-dense bench-protocols bench-video  ## every benchmark; hours on two cores, resumable
 
 bench-families: $(BENCH_STAMP)  ## every backbone family and method, exact or not, and PEFT; under 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --jobs $(JOBS)
@@ -67,6 +67,12 @@ bench-search: $(BENCH_STAMP)  ## NOAH against random search at equal budget on E
 
 bench-dense: $(BENCH_STAMP)  ## segmentation, detection and instance masks on real parts, five methods; docs/dense.md
 	$(BIN)/python benchmarks/dense_accuracy.py
+
+bench-protocols: $(BENCH_STAMP)  ## few shots, two domains and RepAdapter's choices in small; docs/results
+	$(BIN)/python benchmarks/miniatures.py
+
+bench-video: $(BENCH_STAMP)  ## ST-Adapter, RepAdapter and LoRA on clips of known motions; docs/results/video.md
+	$(BIN)/python benchmarks/video.py
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -11,6 +11,7 @@ of its test images, drawn with seed 0.
 from __future__ import annotations
 
 import gzip
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,7 +48,7 @@ class Folders:
 
 
 @cache
-def load(dataset: str, folders: Folders = Folders()) -> data.Splits:  # noqa: B008 (it is frozen)
+def load(dataset: str, folders: Folders = Folders()) -> data.Splits:
     if dataset in INSPECTION:
         return data.load_dataset(f"packaged/{dataset}", fractions=INSPECTION[dataset])
     return cut_outs(folders.stamps) if dataset == "cut-outs" else fashion(folders.fashion)
@@ -87,7 +88,7 @@ def fashion(folder: Path) -> data.Splits:
     targets = torch.from_numpy(labels[rows].astype(np.int64))
     whole = data.ImageSet(names, targets, classes=CLOTHES, licence="MIT (Zalando SE)", decoded=pixels[rows])
     ends = (0, train, train + val, len(rows))
-    parts = [whole.subset(list(range(start, end))) for start, end in zip(ends, ends[1:], strict=False)]
+    parts = [whole.subset(list(range(start, end))) for start, end in itertools.pairwise(ends)]
     return data.Splits(*parts, CLOTHES, "classify")
 
 

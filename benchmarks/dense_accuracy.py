@@ -29,7 +29,7 @@ import refold
 from refold.attachment import attached_part
 from refold.bench import measure
 from refold.dense.job import load_parts, score
-from refold.training import TrainConfig, train
+from refold.training import TrainConfig, resolve, train
 from refold.training.inference import start_accelerator
 from stamps import STAMPS
 
@@ -143,11 +143,10 @@ def test(record: dict[str, Any], stamps: Path) -> dict[str, float]:
         config = config_of(
             record["setting"], METHODS[record["method"]][0], record["lr"], record["seed"], RUNS / key, stamps
         )
-        model = refold.from_pretrained(RUNS / key / "adapter.safetensors")
-        preprocessing = refold.description(model.get_submodule(attached_part(model)))["preprocessing"]
+        ready = resolve(RUNS / key / "adapter.safetensors")
         part = load_parts(config).test
         assert part is not None
-        metrics = score(model, part, preprocessing, start_accelerator()).metrics
+        metrics = score(ready.model, part, ready.preprocessing, start_accelerator()).metrics
         path.write_text(json.dumps(metrics, indent=1) + "\n")
         print(f"{key}: test {metrics[SETTINGS[record['setting']].metric]:.3f}", flush=True)
     return json.loads(path.read_text())

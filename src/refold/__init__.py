@@ -33,6 +33,7 @@ from refold.errors import (
 )
 from refold.hub import push_to_hub
 from refold.inspection import describe, explain
+from refold.interpolation import interpolate
 from refold.merging import merge, switch, unmerge
 from refold.methods import METHODS, Compose, Method
 from refold.methods.shelf import *  # noqa: F403 (every method by its name)
@@ -41,6 +42,7 @@ from refold.preprocessing import Preprocessing
 from refold.store import from_pretrained, load, save
 
 if TYPE_CHECKING:
+    from refold.sweeps import run_sweep as sweep
     from refold.training import predict, train
 
 __version__ = "0.1.0"
@@ -66,6 +68,7 @@ __all__ = [
     "disabled",
     "explain",
     "from_pretrained",
+    "interpolate",
     "load",
     "load_peft",
     "merge",
@@ -74,6 +77,7 @@ __all__ = [
     "push_to_hub",
     "save",
     "save_peft",
+    "sweep",
     "switch",
     "train",
     "trainable_parameters",
@@ -81,10 +85,15 @@ __all__ = [
 ]
 __all__ += METHODS  # pyright: ignore[reportUnsupportedDunderAll]
 
-_LAZY = {"train": "refold.training", "predict": "refold.training"}
+_LAZY = {
+    "train": ("refold.training", "train"),
+    "predict": ("refold.training", "predict"),
+    "sweep": ("refold.sweeps", "run_sweep"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        module, attribute = _LAZY[name]
+        return getattr(import_module(module), attribute)
     raise AttributeError(f"module 'refold' has no attribute {name!r}")

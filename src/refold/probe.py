@@ -85,9 +85,11 @@ class Trace:
 def example_input(model: nn.Module) -> Example:
     """A random batch of one in the shape the model says it wants.
 
-    Reads, in this order: timm's ``patch_embed.img_size`` and ``pretrained_cfg``, transformers' ``config``, and
-    falls back to 224 x 224 with as many channels as the first convolution takes.
+    Reads, in this order: our own models' ``example_input()``, timm's ``patch_embed.img_size`` and ``pretrained_cfg``,
+    transformers' ``config``, and falls back to 224 x 224 with as many channels as the first convolution takes.
     """
+    if callable(own := getattr(model, "example_input", None)):
+        return Example.of(own())
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     first_conv = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
     channels = first_conv.in_channels if first_conv is not None else 3

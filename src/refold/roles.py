@@ -47,7 +47,7 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
         ("attn", "to_key"),
         ("attn",),  # open_clip, where `attn` is an nn.MultiheadAttention
         ("self_attention",),  # torchvision ViT
-        ("attention", "query"),  # transformers ViT, BEiT
+        ("attention", "query"),  # transformers ViT, BEiT, VideoMAE
         ("attention", "key"),
         ("attention", "value"),
         ("attention", "[qkv]_proj"),
@@ -55,7 +55,7 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
         ("self", "key"),
         ("self", "value"),
         ("self_attn", "[qkv]_proj"),  # transformers CLIP, SigLIP
-        ("attention", "qkv"),  # transformers TimeSformer
+        ("attention", "qkv"),  # transformers TimeSformer: both halves of its attention, over time and over space
         ("attention", "qkv_proj", "convolution"),  # transformers MobileViT V2
         ("attention", "projection_query"),  # transformers CvT
         ("attention", "projection_key"),
@@ -142,7 +142,7 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
         ("attention", "o_proj"),  # transformers ViT, BEiT, Swin, DINOv2
         ("attention", "out_proj"),  # transformers AIMv2
         ("attention", "out_proj", "convolution"),  # transformers MobileViT V2
-        ("attention", "output", "dense"),  # transformers Data2Vec, Swin V2; ViT, BEiT and Swin before version 5
+        ("attention", "output", "dense"),  # transformers Data2Vec, Swin V2, VideoMAE; ViT, BEiT, Swin before version 5
         ("temporal_attention", "output", "dense"),  # transformers TimeSformer
         ("attention", "proj"),  # transformers ViTDet, V-JEPA 2
         ("attention", "projection_layer"),  # transformers InternVL
@@ -185,7 +185,7 @@ ROLES: dict[str, tuple[Pattern, ...]] = {
         ("main", "point_conv", "conv"),  # EfficientViT (MIT)
         ("pw_proj", "conv"),  # MobileNetV4, MobileNetV5
         ("feed_forward", "down_proj"),  # transformers Pixtral
-        ("[0-9]*", "output", "dense"),  # transformers Data2Vec, Swin V2; ViT, BEiT and Swin before version 5
+        ("[0-9]*", "output", "dense"),  # transformers Data2Vec, Swin V2, VideoMAE; ViT, BEiT and Swin before version 5
         ("intermediate", "fc2"),  # transformers LW-DETR
         ("mlp", "dense2"),  # transformers PVT, GLPN
         ("mlp", "lin2"),  # transformers SAM

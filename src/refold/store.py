@@ -165,10 +165,21 @@ def from_pretrained(source: str | Path, *, weights: str | Path | None = None, fo
         from refold.dense.building import rebuild
 
         return load(rebuild(header, weights), path, force=force).eval()
+    if header.task == "video":
+        from refold.video.building import rebuild as rebuild_video
+
+        return load(rebuild_video(header, weights), path, force=force).eval()
     size = header.preprocessing.size if header.preprocessing else None
     channels = header.preprocessing.channels if header.preprocessing else None
     outputs = header.extra.get("outputs", len(header.classes) if header.classes else 1)
-    loaded = backbones.load(header.backbone, num_classes=outputs, in_chans=channels, image_size=size, weights=weights)
+    loaded = backbones.load(
+        header.backbone,
+        num_classes=outputs,
+        in_chans=channels,
+        image_size=size,
+        weights=weights,
+        head=backbones.stored_head(header.extra.get("prompts")),
+    )
     return load(loaded.model, path, force=force).eval()
 
 

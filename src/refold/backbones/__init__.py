@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from refold.backbones.catalogue import ModelRow, list_models
-from refold.backbones.classifier import Classifier
+from refold.backbones.classifier import Classifier, CosineHead
 from refold.backbones.loading import load
 from refold.backbones.normalization import with_normalization
+from refold.backbones.prompts import Prompts, stored_head
 from refold.backbones.request import Loaded
+from refold.backbones.text_tower import TextClassifier, fold_text
 
-__all__ = ["Classifier", "Loaded", "ModelRow", "list_models", "load", "with_normalization"]
+__all__ = [
+    "Classifier",
+    "CosineHead",
+    "Loaded",
+    "ModelRow",
+    "Prompts",
+    "TextClassifier",
+    "fold_text",
+    "list_models",
+    "load",
+    "stored_head",
+    "with_normalization",
+]

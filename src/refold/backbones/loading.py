@@ -8,6 +8,7 @@ from pathlib import Path
 
 from refold.backbones.open_clip_source import load_open_clip
 from refold.backbones.packaged import load_packaged
+from refold.backbones.prompts import Prompts
 from refold.backbones.request import Loaded, Request
 from refold.backbones.timm_source import load_hub, load_timm
 from refold.errors import BackboneError
@@ -33,6 +34,7 @@ def load(
     weights: str | PathLike[str] | None = None,
     pretrained: bool = True,
     drop_path: float = 0.0,
+    head: str | Prompts = "linear",
 ) -> Loaded:
     """Build a backbone and load its weights; never random weights unless asked.
 
@@ -49,6 +51,8 @@ def load(
             after timm's conversion; the head may have any number of classes.
         pretrained: False for random weights.
         drop_path: stochastic depth rate while training; no effect on architectures without it (VGG, DLA, open_clip).
+        head: of open_clip's towers alone: ``"cosine"`` is a fresh :class:`CosineHead`; :class:`Prompts` give the
+            zero-shot head of their class names, or keep the text tower (:class:`TextClassifier`).
 
     Returns:
         The model in evaluation mode, on the CPU in float32; its canonical spec; its preprocessing.
@@ -65,7 +69,14 @@ def load(
         weights=None if weights is None else Path(weights).expanduser(),
         pretrained=pretrained,
         drop_path=drop_path,
+        head=head,
     )
+    if head != "linear" and not spec.startswith("open_clip/"):
+        raise BackboneError(
+            "has no text tower that class names could go through",
+            where=spec,
+            remedy="Use an open_clip/NAME/PRETRAINED model, or a linear head",
+        )
     for prefix, source in _SOURCES.items():
         if spec.startswith(prefix) and len(spec) > len(prefix):
             return source(spec.removeprefix(prefix), request)

@@ -1,4 +1,4 @@
-"""Image towers of open_clip, with a linear head."""
+"""Image towers of open_clip, with a head: linear, zero-shot, or the text tower itself."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from refold.backbones.checkpoints import class_count, describe_mismatch, read_state_dict
-from refold.backbones.classifier import Classifier
+from refold.backbones.classifier import Classifier, CosineHead
 from refold.backbones.hub import hub_access
 from refold.backbones.normalization import from_config
+from refold.backbones.prompts import Prompts, embed_tokens, tokenize
 from refold.backbones.request import Loaded, Request
+from refold.backbones.text_tower import TextClassifier
 from refold.backbones.timm_source import check_size, close_matches
-from refold.errors import BackboneError, MissingExtraError
+from refold.errors import BackboneError, DataError, MissingExtraError
 
 __all__ = ["load_open_clip"]
 
@@ -27,10 +30,13 @@ def load_open_clip(name: str, request: Request) -> Loaded:
     PRETRAINED is a tag that open_clip knows or the path of a checkpoint; it may be empty when ``request`` brings a
     weight file or asks for random weights. A weight file holds the whole image-text model, or the state dict of
     such a :class:`Classifier`. The features are the tower's output in the shared image-text space. A tower has no
-    classifier of its own: without ``num_classes``, and without one in the file, the head is the identity.
+    classifier of its own: without ``num_classes``, and without one in the file, the head is the identity. With
+    prompts it is their class names' embeddings, or the text tower, and ``num_classes`` is not needed.
 
     Raises:
-        BackboneError: unknown model or tag, no weights named, a failed download, or a file that does not fit.
+        BackboneError: unknown model or tag, no weights named, a failed download, a file that does not fit, or prompts
+            beside a file without a text tower.
+        DataError: two class names that the tokenizer takes for one.
         MissingExtraError: open_clip is not installed.
     """
     try:
@@ -44,6 +50,7 @@ def load_open_clip(name: str, request: Request) -> Loaded:
         remedy = close_matches(architecture, open_clip.list_models(), "open_clip/") or "See: refold models open_clip"
         raise BackboneError("open_clip knows no such model", where=where, remedy=remedy)
 
+    prompts = request.head if isinstance(request.head, Prompts) else None
     facts = open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else {}
     path = request.weights
     if path is None and request.pretrained and not facts:
@@ -58,6 +65,9 @@ def load_open_clip(name: str, request: Request) -> Loaded:
         clip = _create(architecture, pretrained if request.pretrained else None, facts, request)
         model = Classifier(clip.visual, nn.Identity())
     elif _is_classifier(state := read_state_dict(path)):
+        if prompts is not None:
+            reason = "holds an image tower without the text tower that class names go through"
+            raise BackboneError(reason, where=str(path), remedy="Pass weights of the whole image-text model")
         clip = _create(architecture, None, facts, request)
         model = _load_classifier(clip.visual, state, where, path)
     else:
@@ -66,16 +76,20 @@ def load_open_clip(name: str, request: Request) -> Loaded:
 
     if request.in_chans is not None:
         _adapt_stem(model.backbone, request.in_chans)
-    if request.num_classes is not None:
+    tower, result = model.backbone, model
+    if prompts is not None:
+        result = _with_prompts(clip, tower, prompts, architecture)
+    elif request.num_classes is not None:
         width = open_clip.get_model_config(architecture)["embed_dim"]  # pyright: ignore[reportOptionalSubscript]
-        model.head = nn.Linear(width, request.num_classes) if request.num_classes else nn.Identity()
+        made = CosineHead if request.head == "cosine" else nn.Linear
+        model.head = made(width, request.num_classes) if request.num_classes else nn.Identity()
     if hasattr(clip.visual, "output_tokens"):
         clip.visual.output_tokens = False  # CoCa's tower would return the tokens besides the pooled features
     config = open_clip.get_model_preprocess_cfg(clip)
     size = config["size"] if isinstance(config["size"], tuple) else (config["size"], config["size"])
-    check_size(size, _patch_size(model.backbone), where)
-    channels = _stem(model.backbone)[1].in_channels
-    return Loaded(model.eval(), f"open_clip/{name}", from_config(config, channels=channels, size=size))
+    check_size(size, _patch_size(tower), where)
+    channels = _stem(tower)[1].in_channels
+    return Loaded(result.eval(), f"open_clip/{name}", from_config(config, channels=channels, size=size))
 
 
 def _create(architecture: str, source: str | Path | None, facts: Mapping[str, Any], request: Request) -> Any:
@@ -91,6 +105,7 @@ def _create(architecture: str, source: str | Path | None, facts: Mapping[str, An
                 pretrained=str(source) if source else None,
                 pretrained_text=False,
                 force_quick_gelu=bool(facts.get("quick_gelu")),  # a fact of the weights, not of the architecture
+                force_custom_text=isinstance(request.head, Prompts) and request.head.tower,  # a module of its own
                 force_image_size=size[0] if size and size[0] == size[1] else size,  # the ResNets take an int only
                 force_preprocess_cfg={k: facts[k] for k in ("mean", "std", "interpolation") if k in facts},
             )
@@ -98,6 +113,41 @@ def _create(architecture: str, source: str | Path | None, facts: Mapping[str, An
         if not isinstance(source, Path):
             raise
         raise _misfit(source, f"open_clip/{architecture}", error) from error
+
+
+def _with_prompts(clip: Any, image: nn.Module, prompts: Prompts, architecture: str) -> nn.Module:
+    """The image tower with the prompts' zero-shot head, or with the text tower."""
+    tokens = tokenize(prompts.names, _tokenizer(architecture), prompts.sentences)
+    for template, rows in zip(prompts.sentences, tokens, strict=True):
+        first: dict[bytes, str] = {}
+        for name, row in zip(prompts.names, rows, strict=True):
+            if (other := first.setdefault(row.numpy().tobytes(), name)) != name:
+                raise DataError(
+                    f"{other!r} and {name!r} are one and the same to the tokenizer",
+                    where=template,
+                    remedy="Give them other names, or shorter ones in a shorter template",
+                )
+    if not prompts.tower:
+        head = CosineHead.of(embed_tokens(clip, tokens), clip.logit_scale, clip.logit_bias)
+        return Classifier(image, head)
+    text, sample = clip.text, tokens[0, :1]
+    with torch.no_grad():
+        expected = nn.functional.normalize(clip.eval().encode_text(sample), dim=-1)
+        if hasattr(text, "output_tokens"):
+            text.output_tokens = False  # CoCa's would return the tokens besides the pooled features
+        found = nn.functional.normalize(text(sample), dim=-1)
+    if not torch.allclose(found, expected, atol=1e-5):
+        raise BackboneError("its text features are not what its text tower returns", where=f"open_clip/{architecture}")
+    return TextClassifier(image, text, tokens, clip.logit_scale, clip.logit_bias)
+
+
+def _tokenizer(architecture: str) -> Any:
+    import open_clip
+
+    config = (open_clip.get_model_config(architecture) or {}).get("text_cfg", {})
+    needs_hub = config.get("hf_tokenizer_name") or config.get("hf_model_name")
+    with hub_access(f"the tokenizer of open_clip/{architecture}") if needs_hub else nullcontext():
+        return open_clip.get_tokenizer(architecture)
 
 
 def _is_classifier(state: Mapping[str, Tensor]) -> bool:
@@ -110,8 +160,11 @@ def _load_classifier(tower: nn.Module, state: dict[str, Tensor], where: str, pat
     weight = state.get(f"backbone.{stem_path}.weight")
     if weight is not None and weight.ndim == 4 and weight.shape[1] != stem.in_channels:
         _adapt_stem(tower, weight.shape[1])
-    classes = class_count({key: tuple(value.shape) for key, value in state.items()}, ("head",))
-    head = nn.Linear(state["head.weight"].shape[1], classes) if classes else nn.Identity()
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    head: nn.Module = nn.Identity()
+    for key, made in (("head", nn.Linear), ("head.linear", CosineHead)):
+        if f"{key}.weight" in shapes:
+            head = made(shapes[f"{key}.weight"][1], class_count(shapes, (key,)))
     model = Classifier(tower, head)
     try:
         model.load_state_dict(state, strict=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from refold.backbones.prompts import Prompts
 from refold.errors import BackboneError
 from refold.preprocessing import Preprocessing
 
@@ -42,6 +43,7 @@ class Request:
     weights: Path | None = None
     pretrained: bool = True
     drop_path: float = 0.0
+    head: str | Prompts = "linear"
 
     def __post_init__(self) -> None:
         if self.num_classes is not None and self.num_classes < 0:
@@ -52,3 +54,8 @@ class Request:
             raise BackboneError(f"must be positive (got {self.image_size})", where="image_size")
         if not 0 <= self.drop_path < 1:
             raise BackboneError(f"must be in [0, 1) (got {self.drop_path})", where="drop_path")
+        if not isinstance(self.head, Prompts) and self.head not in ("linear", "cosine"):
+            raise BackboneError(f"must be linear, cosine or prompts (got {self.head!r})", where="head")
+        if isinstance(self.head, Prompts) and self.num_classes not in (None, len(self.head.names)):
+            reason = f"there are {len(self.head.names)} names for {self.num_classes} classes"
+            raise BackboneError(reason, where="head")

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from refold.cli import adapt, demo, protocols, robustness, search, shelf, ship
+from refold.cli import adapt, clip, demo, protocols, robustness, search, shelf, ship, sweep
 from refold.cli.console import error
 from refold.errors import RefoldError
 
@@ -26,7 +26,10 @@ for command in (
     adapt.train,
     adapt.evaluate,
     adapt.predict,
+    clip.zeroshot,
+    clip.interpolate,
     search.search,
+    sweep.sweep,
     protocols.vtab,
     protocols.fewshot,
     protocols.dg,

@@ -13,15 +13,25 @@ from refold.cli.console import console, error, is_main
 from refold.cli.finish import show_result, stopped
 from refold.cli.options import (
     BACKBONE,
+    Accumulate,
     Adapter,
+    Address,
     Augment,
     BatchSize,
+    CheckpointEvery,
+    ClassNames,
+    Clips,
+    Crops,
     Data,
     Decoder,
+    Engine,
     Epochs,
     Features,
     Flip,
+    Fold,
     Force,
+    Frames,
+    FrameStride,
     HeadRate,
     ImageSize,
     LearningRate,
@@ -29,6 +39,7 @@ from refold.cli.options import (
     Precision,
     Pretrained,
     Resume,
+    Sampling,
     Scales,
     Seed,
     Select,
@@ -37,6 +48,7 @@ from refold.cli.options import (
     Stride,
     Target,
     Task,
+    Templates,
     TestList,
     TrainList,
     ValList,
@@ -45,6 +57,7 @@ from refold.cli.options import (
     Window,
     parse_inference,
     parse_method,
+    require_engine,
 )
 
 __all__ = ["evaluate", "predict", "train"]
@@ -64,6 +77,16 @@ def train(
     decoder: Decoder = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.")] = Path("runs/train"),
     weights: Weights = None,
+    head: Annotated[
+        str,
+        typer.Option(
+            help="linear; of an open_clip model also zeroshot (starts from its text embeddings of the class names) and "
+            "text (the text tower is adapted as well, and computes them at each step)."
+        ),
+    ] = "linear",
+    freeze_head: Annotated[bool, typer.Option("--freeze-head", help="Leave a zero-shot head as it is.")] = False,
+    template: Templates = None,
+    class_names: ClassNames = None,
     start: Annotated[
         Path | None, typer.Option(help="Adapter file of the same method whose weights training starts from.")
     ] = None,
@@ -74,17 +97,26 @@ def train(
     split: Split = (0.8, 0.2, 0.0),
     epochs: Epochs = 100,
     batch_size: BatchSize = None,
+    accumulate: Accumulate = 1,
     lr: LearningRate = 1e-3,
     head_lr: HeadRate = None,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW; biases and norms are left out.")] = 1e-4,
     warmup_epochs: Annotated[float | None, typer.Option(help="A tenth of --epochs if not given.")] = None,
-    drop_path: Annotated[float, typer.Option(help="Stochastic depth of the backbone.")] = 0.1,
+    drop_path: Annotated[
+        float | None, typer.Option(help="Stochastic depth of the backbone; 0.1, of videos 0, if not given.")
+    ] = None,
     label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
     mixup: Annotated[float, typer.Option(help="Alpha of mixup; 0 is off.")] = 0.0,
     cutmix: Annotated[float, typer.Option(help="Alpha of cutmix; 0 is off.")] = 0.0,
     augment: Augment = "none",
     features: Features = None,
     views: Views = 1,
+    frames: Frames = None,
+    sampling: Sampling = "uniform",
+    stride: FrameStride = 4,
+    clips: Clips = None,
+    crops: Crops = None,
+    fold: Fold = 1,
     class_weights: Annotated[str | None, typer.Option(help="'balanced' weighs classes by inverse frequency.")] = None,
     clip_grad: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     consistency: Annotated[
@@ -105,6 +137,7 @@ def train(
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Leave out files that cannot be decoded, and list them.")
     ] = False,
+    checkpoint_every: CheckpointEvery = None,
     resume: Resume = False,
 ) -> None:
     """Train an adapter for your images; the best epoch on validation is kept, test is scored once.
@@ -113,6 +146,12 @@ def train(
 
     Example: refold train streets/ --task segment --decoder upernet --model timm/convnext_tiny --method E3VA
     --image-size 512 --batch-size 8 --augment standard -o runs/streets
+
+    Example: refold train photos/ --model open_clip/ViT-B-32/laion2b_s34b_b79k --head zeroshot --crop center
+    --template "a photo of a {}." -o runs/clip
+
+    Example: refold train clips/ --task video --frames 8 --method "STAdapter(frames=8)" --augment crop --clips 2
+    --crops 3 -o runs/moves
     """
     from refold.training import TrainConfig
     from refold.training import train as run
@@ -125,6 +164,10 @@ def train(
         method=parse_method(method),
         output=str(output),
         weights=None if weights is None else str(weights),
+        head=head,
+        freeze_head=freeze_head,
+        templates=tuple(template) if template else None,
+        class_names=None if class_names is None else str(class_names),
         start=None if start is None else str(start),
         train=train_list,
         val=val_list,
@@ -133,17 +176,24 @@ def train(
         fractions=split,
         epochs=epochs,
         batch_size=cast(int, batch_size),
+        accumulate=accumulate,
         lr=lr,
         head_lr=head_lr,
         weight_decay=weight_decay,
         warmup_epochs=warmup_epochs,
-        drop_path=drop_path,
+        drop_path=cast(float, drop_path),
         label_smoothing=label_smoothing,
         mixup=mixup,
         cutmix=cutmix,
         augment=augment,
         features=features,
         views=views,
+        frames=frames,
+        sampling=sampling,
+        stride=stride,
+        clips=1 if clips is None else clips,
+        crops=1 if crops is None else crops,
+        fold=fold,
         class_weights=class_weights,
         clip_grad=clip_grad,
         consistency=consistency,
@@ -158,6 +208,7 @@ def train(
         workers=workers,
         pretrained=pretrained,
         skip_bad_images=skip_bad_images,
+        checkpoint_every=checkpoint_every,
     )
     try:
         result = run(config, resume=resume, progress=None)
@@ -179,6 +230,8 @@ def evaluate(
     scales: Scales = None,
     flip: Flip = False,
     short_side: ShortSide = None,
+    clips: Clips = None,
+    crops: Crops = None,
     weights: Weights = None,
     force: Force = False,
     skip_bad_images: Annotated[
@@ -190,6 +243,8 @@ def evaluate(
     Example: refold evaluate runs/a photos/ --split test
 
     Example: refold evaluate runs/streets --split val --window 512 --scale 0.75 --scale 1 --scale 1.25 --flip
+
+    Example: refold evaluate runs/moves clips/ --clips 4 --crops 3
     """
     from refold.report.grids import metrics_grid, per_class_grid
     from refold.report.tables import rich_table
@@ -206,6 +261,8 @@ def evaluate(
         skip_bad_images=skip_bad_images,
         inference=parse_inference(window, stride, scales, flip),
         short_side=short_side,
+        clips=clips,
+        crops=crops,
     )
     console.print(rich_table(metrics_grid({split: result.metrics})))
     if "per_class" in result.details:
@@ -214,13 +271,14 @@ def evaluate(
 
 def predict(
     adapter: Adapter,
-    images: Annotated[str, typer.Argument(help="An image, or a folder of images.")],
+    images: Annotated[str, typer.Argument(help="An image or a video, or a folder of these.")],
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="CSV to write, the terminal if not given; of segmentation and detection a folder, which is needed.",
+            help="CSV to write, the terminal if not given; of segmentation and detection a folder, which is needed, "
+            "and with --engine ray a folder of Parquet files.",
         ),
     ] = None,
     batch_size: ForwardBatch = None,
@@ -232,20 +290,33 @@ def predict(
     scales: Scales = None,
     flip: Flip = False,
     short_side: ShortSide = None,
+    clips: Clips = None,
+    crops: Crops = None,
     weights: Weights = None,
     force: Force = False,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Leave out files that cannot be decoded.")
     ] = False,
+    engine: Engine = "sequential",
+    address: Address = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Ray: processes with the model; one a GPU, or one for two cores, if not given."),
+    ] = None,
 ) -> None:
-    """Predict with an adapted model: one row an image, with a score for each class.
+    """Predict with an adapted model: one row an image or a video, with a score for each class.
 
     Of segmentation OUTPUT/masks holds a palette PNG of class indices for each image, of detection
     OUTPUT/predictions.json COCO's rows of results (image_id by file_name); OUTPUT/overlays shows them.
 
     Example: refold predict runs/a new-photos/ --output predictions.csv
 
+    With --engine ray whole images are predicted in many processes, and the same command goes on after a stop:
+    OUTPUT/part-*.parquet have the CSV's columns, OUTPUT/skipped.csv names what --skip-bad-images left out.
+
     Example: refold predict runs/streets new-streets/ --output seen
+
+    Example: refold predict runs/a archive/ --engine ray --skip-bad-images --output predictions
     """
     import sys
 
@@ -255,6 +326,23 @@ def predict(
 
     if output is not None and not output.parent.is_dir():
         raise DataError("the folder does not exist", where=str(output.parent), remedy="Create it first")
+    require_engine(engine, {"--address": address, "--workers": workers})
+    inference = parse_inference(window, stride, scales, flip)
+    if engine == "ray":
+        from refold.sweeps import predict_batches
+
+        if output is None:
+            raise DataError("is needed for --engine ray", where="--output", remedy="Name a folder to write")
+        others = (threshold, inference, short_side, clips, crops)
+        if any(value is not None for value in others):
+            raise DataError("predicts whole images, without options of dense tasks or videos", where="--engine ray")
+        found = predict_batches(
+            adapter, images, output, weights=weights, force=force, skip_bad_images=skip_bad_images,
+            batch_size=batch_size, workers=workers, address=address, progress=None,
+        )  # fmt: skip
+        _tell_skipped(found.skipped)
+        console.print(f"{found.rows} predictions, {found.before} of them from before: {output}", highlight=False)
+        return
     ready = resolve(adapter, weights=weights, force=force)
     if ready.dense and output is None:
         raise DataError("is needed for task " + repr(ready.kind), where="--output", remedy="Name a folder to write")
@@ -265,8 +353,10 @@ def predict(
         skip_bad_images=skip_bad_images,
         output=output if ready.dense else None,
         threshold=threshold,
-        inference=parse_inference(window, stride, scales, flip),
+        inference=inference,
         short_side=short_side,
+        clips=clips,
+        crops=crops,
     )
     if ready.dense:
         _tell_skipped(rows.skipped)

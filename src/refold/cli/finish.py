@@ -16,6 +16,7 @@ import refold
 from refold.attachment import attached_part
 from refold.certificate import certify
 from refold.cli.console import console, error
+from refold.inspection import description
 
 if TYPE_CHECKING:
     from refold.training import TrainResult
@@ -87,18 +88,21 @@ def measure_cost(
     mergeable: bool = True,
 ) -> None:
     """Latency of the untouched backbone, the unmerged and, where it merges, the merged model, side by side, here."""
+    from refold.backbones import fold_text
     from refold.bench import measure
     from refold.report import tables
 
-    models = {"backbone": refold.detach(copy.deepcopy(model)).eval(), "unmerged": model.eval()}
+    models = {"backbone": fold_text(refold.detach(copy.deepcopy(model))).eval(), "unmerged": model.eval()}
     if mergeable:
         merged = copy.deepcopy(model)
         refold.merge(merged, check=False)
-        models["merged"] = merged.eval()
+        models["merged"] = fold_text(merged).eval()
     device = next(model.parameters()).device
+    seen = description(model).get("views")  # of videos
+    clip = [seen["sampling"]["frames"]] if seen else []
     rows = []
     for batch in batches:
-        images = torch.randn(batch, preprocessing.channels, *preprocessing.size, device=device)
+        images = torch.randn(batch, *clip, preprocessing.channels, *preprocessing.size, device=device)
         with torch.inference_mode():
             timings = measure.latency({name: _call(m, images) for name, m in models.items()}, rounds=15)
         rows += measure.cost_rows(timings, batch=batch, reference="backbone")

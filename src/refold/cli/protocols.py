@@ -11,10 +11,14 @@ from refold.cli.console import console, is_main
 from refold.cli.finish import stopped
 from refold.cli.options import (
     BACKBONE,
+    Address,
     Augment,
     BatchSize,
+    Cpus,
     Data,
+    Engine,
     Epochs,
+    Gpus,
     HeadRate,
     ImageSize,
     LearningRate,
@@ -27,8 +31,10 @@ from refold.cli.options import (
     TrainList,
     ValList,
     Weights,
+    parse_engine,
     parse_method,
     parse_numbers,
+    parse_pairs,
 )
 
 if TYPE_CHECKING:
@@ -96,6 +102,10 @@ def vtab(
     precision: Precision = "auto",
     pretrained: Pretrained = True,
     workers: Workers = 0,
+    engine: Engine = "sequential",
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
 ) -> None:
     """VTAB-1k: 19 tasks of 1000 images, their group means and averages, with nothing chosen on test.
 
@@ -143,6 +153,7 @@ def vtab(
             grid=parse_grid(texts, [chosen])[0],
             seeds=parse_numbers(seeds, "--seeds"),
             published_protocol=published_protocol,
+            engine=parse_engine(engine, address, cpus, gpus),
             progress=None,
             on_task=lambda row: (
                 console.print(
@@ -263,8 +274,8 @@ def dg(
     main = is_main()
     try:
         result = run_domains(
-            config, [parse_method(text) for text in method], _pairs(other, "--other"),
-            mappings=_pairs(mapping or [], "--mapping"), shots=shots, seeds=parse_numbers(seeds, "--seeds"),
+            config, [parse_method(text) for text in method], parse_pairs(other, "--other"),
+            mappings=parse_pairs(mapping or [], "--mapping"), shots=shots, seeds=parse_numbers(seeds, "--seeds"),
             grid=grid or (), progress=None,
             on_row=lambda row: _tell(main, f"{row.method}: {row.average.percent()} % on the other sets"),
         )  # fmt: skip
@@ -301,7 +312,7 @@ def suite(
     from refold.protocols import run_suite
     from refold.report.protocols import suite_grid
 
-    sets = _pairs(data, "NAME=DATA")
+    sets = parse_pairs(data, "NAME=DATA")
     config = _config(
         next(iter(sets.values())), model, output, False, weights=weights, fractions=split, epochs=epochs,
         batch_size=batch_size, lr=lr, head_lr=head_lr, augment=augment, image_size=image_size, normalize=normalize,
@@ -340,15 +351,3 @@ def _show(table: grids.Grid, output: Path) -> None:
     (output / "results.md").write_text(f"{table.title}\n\n{markdown_table(table)}", encoding="utf-8")
     console.print(rich_table(table))
     console.print(f"Results: {output / 'results.json'}, {output / 'results.md'}", highlight=False)
-
-
-def _pairs(texts: list[str], where: str) -> dict[str, str]:
-    from refold.errors import DataError
-
-    found: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value) or name in found:
-            raise DataError(f"cannot read {text!r}", where=where, remedy="Write NAME=PATH, each name once")
-        found[name] = value
-    return found

@@ -36,11 +36,12 @@ def merge(
     """Fold an adapter into its backbone and write plain weights, with a certificate of exactness.
 
     The file loads strictly with timm.create_model(...).load_state_dict, without refold; of segmentation and detection
-    it holds the whole model, with its backbone's weights under the name that is printed. The certificate is
-    printed and written beside it.
+    it holds the whole model, with its backbone's weights under the name that is printed. An adapted text tower becomes
+    a fixed head. The certificate is printed and written beside it.
 
     Example: refold merge runs/cells --output cells.safetensors
     """
+    from refold.backbones import fold_text
     from refold.certificate import certify
     from refold.export import export_weights
     from refold.report import tables
@@ -53,6 +54,7 @@ def merge(
         console.print(tables.certificate_table(certificate))
         raise MergeError("the merge is not exact; nothing was written", where=adapter)
     refold.merge(ready.backbone)
+    model = fold_text(model)
     result = export_weights(model, output)
     record = json.dumps(certificate, indent=2)
     beside = output.with_suffix(".certificate.json")
@@ -90,6 +92,7 @@ def export(
 
     Example: refold export runs/cells --output cells.onnx --preprocessing
     """
+    from refold.backbones import fold_text
     from refold.export import export_onnx, export_program, export_weights
     from refold.training import resolve
 
@@ -103,6 +106,7 @@ def export(
         )
     if require_state(ready.backbone, "export").record().method.mergeable:
         refold.merge(ready.backbone)
+        model = fold_text(model)
     elif format is Format.WEIGHTS:
         raise MergeError(
             "its adapters stay beside the backbone, whose plain weights would leave them out",

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from refold.data.randomness import preserved, reseed
 from refold.errors import DataError
 from refold.preprocessing import Preprocessing
 
-__all__ = ["Augmentation", "make_augmentation"]
+__all__ = ["Augmentation", "keep_one_bit", "make_augmentation"]
 
 FEW_SHOT_POLICY = "rand-m9-mstd0.5-inc1"
 _TIMM_POLICIES = ("rand", "augmix", "3a", "v0", "v0r", "original", "originalr")
@@ -139,7 +140,7 @@ class TimmPolicy(Augmentation):
             )
         except (AssertionError, ValueError, KeyError) as error:
             raise DataError(f"timm does not understand the policy {policy!r} ({error})", where="augment") from error
-        _keep_one_bit(self._transform)
+        keep_one_bit(self._transform.transforms)
         self._erase = RandomErasing(probability=0.25, mode="pixel", device="cpu")
 
     def __call__(self, images: Tensor, randomness: Tensor) -> Tensor:
@@ -182,11 +183,11 @@ def make_augmentation(name: str | None, preprocessing: Preprocessing, channels: 
     )
 
 
-def _keep_one_bit(transform: Any) -> None:
-    """Make the posterize operations of timm's policies in ``transform`` keep a bit or more."""
+def keep_one_bit(steps: Iterable[Any]) -> None:
+    """Make the posterize operations of timm's policies among ``steps`` keep a bit or more."""
     from timm.data import auto_augment as timm
 
-    for step in transform.transforms:
+    for step in steps:
         if isinstance(step, timm.RandAugment | timm.AugMixAugment):
             operations = step.ops
         elif isinstance(step, timm.AutoAugment):

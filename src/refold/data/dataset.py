@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from refold.data.decoding import decode
-from refold.data.folders import find_images, read_folder, read_list
+from refold.data.folders import IMAGES, FileKind, find_files, read_folder, read_list
 from refold.data.images import CACHES, ImageSet, Task
 from refold.data.listing import WHOLE, Listing, class_names, encode
 from refold.data.packages import packaged
 from refold.data.parallel import for_each
+from refold.data.shards import load_shards
 from refold.data.splits import stratified_split
+from refold.data.stream_sources import PREFIX, load_streams
+from refold.data.streams import StreamSet
 from refold.data.tables import read_table
 from refold.errors import DataError
 
@@ -57,8 +60,10 @@ def load_dataset(
     """Find images and labels, and split them. No image is opened yet, unless ``skip_bad_images`` asks for it.
 
     A source is a folder with a folder per class, or with such folders under ``train/``, ``val/`` and ``test/``; a
-    folder with VTAB lists; one list; a CSV file (:mod:`refold.data.tables`); or ``"packaged/elpv"`` and
-    ``"packaged/textile"``, see :func:`packaged`.
+    folder with VTAB lists; one list; a CSV file (:mod:`refold.data.tables`); WebDataset shards, as a pattern like
+    ``train-{0000..0099}.tar`` or a folder of them (:mod:`refold.data.shards`); ``"hf-dataset:NAME"``, a Hugging Face
+    data set as a stream, whose splits ``train``, ``val`` and ``test`` may name (:mod:`refold.data.stream_sources`); or
+    ``"packaged/elpv"`` and ``"packaged/textile"``, see :func:`packaged`.
 
     Splits that the sources spell out are taken as they are. Those left are drawn from the training images, stratified
     (:func:`stratified_split`); the share of a split that is spelt out goes to training.
@@ -66,7 +71,7 @@ def load_dataset(
     Args:
         source: the data, or, with ``train``, the folder that the names of the splits are relative to.
         train, val, test: sources of single splits.
-        target: column of a CSV that holds the labels.
+        target: column of a CSV, or field of a shard's JSON, that holds the labels.
         fractions: of training, validation and test, for the splits that are drawn: shares, or counts; None, once, is
             all the rest.
         seed: of the draw.
@@ -86,10 +91,15 @@ def load_dataset(
             raise DataError("has neither split files nor columns", where=str(source), remedy="Use fractions")
         return _split_packaged(str(source).removeprefix(_PACKAGED), fractions, seed, cache)
 
-    pool, found = _find(source, {"train": train, "val": val, "test": test}, target)
+    named = {"train": train, "val": val, "test": test}
+    if str(source).startswith(PREFIX):
+        return _split_streams(*load_streams(str(source), named, target), str(source), fractions, skip_bad_images)
+    if (shards := load_shards(source, named, target, cache)) is not None:
+        return _split_shards(shards, fractions, seed, skip_bad_images)
+    pool, found = _find(source, named, target)
     skipped: list[tuple[str, str]] = []
     if skip_bad_images:
-        pool, *others = (_without_bad(listing, skipped) for listing in (pool, *found.values()))
+        pool, *others = (without_bad(listing, skipped, IMAGES, _check) for listing in (pool, *found.values()))
         found = dict(zip(found, others, strict=True))
     classes = class_names(pool, found.values())
     targets = encode(pool, classes)
@@ -121,20 +131,35 @@ def load_images(
     Raises:
         DataError: a file or folder that does not exist, or no image at all.
     """
+    paths, skipped = find_sources(source, IMAGES, _check if skip_bad_images else None)
+    return ImageSet(paths, torch.full((len(paths),), -1), cache=cache), skipped
+
+
+def find_sources(
+    source: str | Path | Iterable[str | Path], kind: FileKind, check: Callable[[str], object] | None
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Files without labels: one, those of a kind in a folder and all below it, or several of either.
+
+    Returns:
+        their paths, and (path, reason) of those that ``check`` refuses, which are left out.
+
+    Raises:
+        DataError: a file or folder that does not exist, or nothing to be read.
+    """
     sources = [source] if isinstance(source, str | Path) else list(source)
     paths: list[str] = []
     for entry in map(Path, sources):
         if not entry.exists():
             raise DataError("there is no such file or folder", where=str(entry))
-        paths += find_images(entry) if entry.is_dir() else [str(entry)]
+        paths += find_files(entry, kind) if entry.is_dir() else [str(entry)]
     skipped: list[tuple[str, str]] = []
-    if skip_bad_images:
-        bad = _bad_images(paths)
+    if check is not None:
+        bad = _bad_files(paths, kind, check)
         skipped = [(paths[i], reason) for i, reason in bad.items()]
         paths = [path for i, path in enumerate(paths) if i not in bad]
     if not paths:
-        raise DataError("there is no readable image", where=", ".join(map(str, sources)) or "source")
-    return ImageSet(paths, torch.full((len(paths),), -1), cache=cache), skipped
+        raise DataError(f"there is no readable {kind.name}", where=", ".join(map(str, sources)) or "source")
+    return paths, skipped
 
 
 def _find(
@@ -204,6 +229,41 @@ def _split_packaged(name: str, fractions: Sequence[float | None], seed: int, cac
     return _assemble(train, val, test, [])
 
 
+def _split_streams(
+    parts: Mapping[str, StreamSet],
+    skipped: list[tuple[str, str]],
+    source: str,
+    fractions: Sequence[float | None],
+    skip_bad_images: bool,
+) -> Splits:
+    if skip_bad_images:
+        raise DataError("images of a stream are not looked at before", where="skip_bad_images", remedy="Leave it out")
+    for split, size in zip(("val", "test"), fractions[1:], strict=True):
+        if split not in parts and size != 0:
+            raise DataError(
+                f"has no {split} split, and none is drawn from a stream",
+                where=source,
+                remedy=f"Name one ({split}=..., --{split}), or do without (fractions=(1, 0, 0), --split 1 0 0)",
+            )
+    return _assemble(parts["train"], parts.get("val"), parts.get("test"), skipped)
+
+
+def _split_shards(
+    parts: dict[str, ImageSet], fractions: Sequence[float | None], seed: int, skip_bad_images: bool
+) -> Splits:
+    skipped: list[tuple[str, str]] = []
+    if skip_bad_images:
+        for split, images in parts.items():
+            bad = images.undecodable()
+            skipped += [(images.paths[i], reason) for i, reason in bad.items()]
+            parts[split] = images.subset([i for i in range(len(images)) if i not in bad])
+    pool = parts.pop("train")
+    chosen = stratified_split(pool.targets, drawn_sizes(fractions, parts), seed)
+    drawn = zip(("train", "val", "test"), chosen, strict=True)
+    parts |= {split: pool.subset(indices) for split, indices in drawn if len(indices)}
+    return _assemble(parts.get("train"), parts.get("val"), parts.get("test"), skipped)
+
+
 def _assemble(
     train: ImageSet | None, val: ImageSet | None, test: ImageSet | None, skipped: list[tuple[str, str]]
 ) -> Splits:
@@ -212,26 +272,38 @@ def _assemble(
     return Splits(train, val, test, train.classes, train.task, skipped)
 
 
-def _without_bad(listing: Listing, skipped: list[tuple[str, str]]) -> Listing:
-    bad = _bad_images(listing.paths)
+def without_bad(
+    listing: Listing, skipped: list[tuple[str, str]], kind: FileKind, check: Callable[[str], object]
+) -> Listing:
+    """The listing without the files that ``check`` refuses, which are added to ``skipped`` with the reason.
+
+    Raises:
+        DataError: nothing is left, or nothing of a class.
+    """
+    bad = _bad_files(listing.paths, kind, check)
     skipped += [(listing.paths[i], reason) for i, reason in bad.items()]
     kept = listing.pick(i for i in range(len(listing)) if i not in bad)
     lost = {listing.labels[i] for i in bad} - set(kept.labels)
     if not len(kept) or (listing.task == "classify" and lost):
         what = f"of class {min(map(str, lost))!r} " if listing.task == "classify" else ""
-        raise DataError(f"no image {what}can be decoded", where=skipped[-1][0], remedy=f"Reason: {skipped[-1][1]}")
+        path, reason = skipped[-1]
+        raise DataError(f"no {kind.name} {what}can be decoded", where=path, remedy=f"Reason: {reason}")
     return kept
 
 
-def _bad_images(paths: list[str]) -> dict[int, str]:
-    """Index and reason of every file that cannot be decoded."""
+def _bad_files(paths: list[str], kind: FileKind, check: Callable[[str], object]) -> dict[int, str]:
+    """Index and reason of every file that ``check`` refuses."""
     bad: dict[int, str] = {}
 
-    def check(i: int) -> None:
+    def look(i: int) -> None:
         try:
-            decode(paths[i], channels=3)
+            check(paths[i])
         except DataError as error:
             bad[i] = error.reason
 
-    for_each(check, len(paths), "checking images")
+    for_each(look, len(paths), f"checking {kind.name}s")
     return dict(sorted(bad.items()))
+
+
+def _check(path: str) -> None:
+    decode(path, channels=3)

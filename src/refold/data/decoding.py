@@ -16,6 +16,7 @@ Resizing is Pillow's, antialiased, and equals torchvision's and timm's evaluatio
 from __future__ import annotations
 
 from functools import cache
+from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from refold.errors import DataError
@@ -64,8 +65,13 @@ class Rendering(NamedTuple):
         return cls(p.size, channels, p.interpolation, p.crop, p.crop_fraction)
 
 
-def decode(path: str, channels: int) -> Image.Image:
+def decode(path: str, channels: int, content: bytes | None = None) -> Image.Image:
     """Read one image file as mode ``"L"`` (``channels=1``) or ``"RGB"`` (3).
+
+    Args:
+        path: the file, or where ``content`` is from.
+        channels: 1 or 3.
+        content: the file's bytes, if they are at hand.
 
     Raises:
         DataError: the file is missing, truncated, not an image, a decompression bomb, or of a pixel type without
@@ -74,7 +80,7 @@ def decode(path: str, channels: int) -> Image.Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(path if content is None else BytesIO(content), formats=_formats()) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _to_8_bit(image, MODES[channels])

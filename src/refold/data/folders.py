@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from refold.data.decoding import EXTENSIONS
 from refold.data.listing import SPLIT_NAMES, WHOLE, Label, Listing
 from refold.errors import DataError
 
-__all__ = ["find_images", "read_folder", "read_list"]
+__all__ = ["IMAGES", "FileKind", "find_files", "find_images", "read_folder", "read_list"]
 
 _LAYOUTS = (
     "Expected a folder per class (optionally under train/, val/, test/), VTAB lists (train800.txt ...), or a CSV file"
@@ -20,14 +20,24 @@ _LAYOUTS = (
 _MOST_CLASSES = 100_000
 
 
-def read_folder(root: Path) -> dict[str, Listing]:
+class FileKind(NamedTuple):
+    """What is looked for: ``name`` in messages, and the ``endings`` of its files in lower case."""
+
+    name: str
+    endings: frozenset[str]
+
+
+IMAGES = FileKind("image", EXTENSIONS)
+
+
+def read_folder(root: Path, kind: FileKind = IMAGES) -> dict[str, Listing]:
     """The splits below ``root``: by lists (NOAH's VTAB-1k layout), by split folders, or one undivided listing.
 
-    Hidden files and folders, files that are no images, and links back up are ignored; links to other folders are
+    Hidden files and folders, files of another kind, and links back up are ignored; links to other folders are
     followed. Folders inside a class folder belong to the class.
 
     Raises:
-        DataError: no class folder, an empty one, images outside of any, or an unreadable folder.
+        DataError: no class folder, an empty one, files outside of any, or an unreadable folder.
     """
     lists = _vtab_lists(root)
     if lists:
@@ -39,16 +49,16 @@ def read_folder(root: Path) -> dict[str, Listing]:
             split = SPLIT_NAMES[folder.name.lower()]
             if split in splits:
                 raise DataError(f"holds two {split} folders", where=str(root), remedy="Keep one of them")
-            splits[split] = _read_classes(folder)
+            splits[split] = _read_classes(folder, kind)
         return splits
-    return {WHOLE: _read_classes(root)}
+    return {WHOLE: _read_classes(root, kind)}
 
 
-def read_list(path: Path) -> dict[str, Listing]:
-    """A text file of lines ``relative/path class_index``, images relative to its folder; blank lines are ignored.
+def read_list(path: Path, kind: FileKind = IMAGES, root: Path | None = None) -> dict[str, Listing]:
+    """A text file of lines ``relative/path class_index``, relative to its folder, or ``root``; blank ones are ignored.
 
     Raises:
-        DataError: an unreadable file, a malformed line, a missing image.
+        DataError: an unreadable file, a malformed line, a missing file.
     """
     paths: list[str] = []
     labels: list[Label] = []
@@ -60,24 +70,32 @@ def read_list(path: Path) -> dict[str, Listing]:
         place = f"{path}, line {number}"
         name, _, index = "\t".join(line.rsplit(maxsplit=1)).rpartition("\t")
         if not name or not (index.isascii() and index.isdigit()) or int(index[:9]) >= _MOST_CLASSES:
-            raise DataError(f"{line.strip()!r} is no image path and class index", where=place)
-        image = path.parent / name.strip()
-        if not image.is_file():
-            raise DataError(f"there is no image {str(image)!r}", where=place)
-        paths.append(str(image))
+            raise DataError(f"{line.strip()!r} is no {kind.name} path and class index", where=place)
+        file = path.parent / name.strip()
+        if root is not None and not file.is_file():
+            file = root / name.strip()
+        if not file.is_file():
+            raise DataError(f"there is no {kind.name} {str(file)!r}", where=place)
+        paths.append(str(file))
         labels.append(str(int(index)))
         places.append(place)
         largest = max(largest, int(index))
     if not paths:
-        raise DataError("lists no image", where=str(path))
+        raise DataError(f"lists no {kind.name}", where=str(path))
     return {WHOLE: Listing("classify", paths, labels, places, [str(k) for k in range(largest + 1)])}
 
 
-def find_images(root: Path, *, inside: frozenset[str] = frozenset()) -> list[str]:
-    """All image files below ``root``, sorted by folder and name; each real folder is visited once.
+def find_images(root: Path) -> list[str]:
+    """All image files below ``root``, see :func:`find_files`."""
+    return find_files(root, IMAGES)
+
+
+def find_files(root: Path, kind: FileKind, *, inside: frozenset[str] = frozenset()) -> list[str]:
+    """All files of a kind below ``root``, sorted by folder and name; each real folder is visited once.
 
     Args:
         root: folder.
+        kind: what to look for.
         inside: real paths of folders that count as visited.
 
     Raises:
@@ -87,7 +105,7 @@ def find_images(root: Path, *, inside: frozenset[str] = frozenset()) -> list[str
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable):
         visited.add(os.path.realpath(folder))
         subfolders[:] = sorted(_unvisited(folder, subfolders, visited))
-        found += [str(Path(folder, name)) for name in sorted(files) if _is_image(name)]
+        found += [str(Path(folder, name)) for name in sorted(files) if _is_of(kind, name)]
     return found
 
 
@@ -99,14 +117,14 @@ def _unvisited(folder: str, names: list[str], visited: set[str]) -> Iterator[str
             yield name
 
 
-def _read_classes(root: Path) -> Listing:
+def _read_classes(root: Path, kind: FileKind) -> Listing:
     folders = _subfolders(root)
-    stray = [name for name in _entries(root) if _is_image(name) and (root / name).is_file()]
+    stray = [name for name in _entries(root) if _is_of(kind, name) and (root / name).is_file()]
     if not folders:
         raise DataError("holds no class folder", where=str(root), remedy=_LAYOUTS)
     if stray:
         raise DataError(
-            f"{len(stray)} images lie outside of any class folder, for example {stray[0]!r}",
+            f"{len(stray)} {kind.name}s lie outside of any class folder, for example {stray[0]!r}",
             where=str(root),
             remedy="Move them into the folder of their class",
         )
@@ -114,11 +132,11 @@ def _read_classes(root: Path) -> Listing:
     labels: list[Label] = []
     above = frozenset(map(str, (real := Path(os.path.realpath(root)), *real.parents)))
     for folder in folders:
-        images = find_images(folder, inside=above)
-        if not images:
-            raise DataError("the class folder holds no image", where=str(folder), remedy="Fill or remove it")
-        paths += images
-        labels += [folder.name] * len(images)
+        files = find_files(folder, kind, inside=above)
+        if not files:
+            raise DataError(f"the class folder holds no {kind.name}", where=str(folder), remedy="Fill or remove it")
+        paths += files
+        labels += [folder.name] * len(files)
     return Listing("classify", paths, labels, paths)
 
 
@@ -155,8 +173,8 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"the list cannot be read ({error})", where=str(path)) from error
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
+def _is_of(kind: FileKind, name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in kind.endings  # noqa: PTH122
 
 
 def _unreadable(error: OSError) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,14 +16,60 @@ from refold.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
-__all__ = ["CACHES", "ImageSet", "Task", "free_memory"]
+__all__ = ["CACHES", "ImageSet", "Members", "Task", "Virtual", "free_memory", "open_image", "pick", "render_all"]
 
 Task = Literal["classify", "multilabel", "regress"]
 
 CACHES = ("auto", "memory", "stream")
 _MOST_BYTES = 4 << 30
 _MOST_SHARE = 0.25  # of the memory that is free
+
+
+class Virtual(Sequence[str]):
+    """Names of images that are no files of their own; they are made when they are asked for."""
+
+
+class Members(Virtual):
+    """Image files inside archives; as a sequence, what they are called.
+
+    Args:
+        archives: files that hold them as they are.
+        archive: (N,) int32, which archive each is in.
+        names: (N,) bytes, its name there, in UTF-8.
+        offsets, sizes: (N,) int64, where it lies, in bytes.
+    """
+
+    def __init__(
+        self, archives: list[str], archive: np.ndarray, names: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
+    ) -> None:
+        self._archives, self._arrays = archives, (archive, names, offsets, sizes)
+
+    def __len__(self) -> int:
+        return len(self._arrays[0])
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override] (slices are never taken)
+        archive, names, _, _ = self._arrays
+        return f"{self._archives[archive[index]]}/{bytes(names[index]).decode()}"
+
+    def pick(self, indices: Sequence[int]) -> Members:
+        """Those at ``indices``, in that order."""
+        return Members(self._archives, *(array[list(indices)] for array in self._arrays))
+
+    def read(self, index: int) -> bytes:
+        """The file's content.
+
+        Raises:
+            DataError: the archive cannot be read.
+        """
+        archive, _, offsets, sizes = self._arrays
+        try:
+            with Path(self._archives[archive[index]]).open("rb") as file:
+                file.seek(int(offsets[index]))
+                return file.read(int(sizes[index]))
+        except OSError as error:
+            raise DataError(f"cannot be read ({error})", where=self[index]) from error
 
 
 class ImageSet:
@@ -50,7 +96,7 @@ class ImageSet:
 
     def __init__(
         self,
-        paths: Iterable[str | Path],
+        paths: Iterable[str | Path] | Virtual,
         targets: Tensor,
         *,
         task: Task = "classify",
@@ -60,7 +106,7 @@ class ImageSet:
         licence: str | None = None,
         decoded: np.ndarray | None = None,
     ) -> None:
-        self.paths = [str(path) for path in paths]
+        self.paths: Sequence[str] = paths if isinstance(paths, Virtual) else [str(path) for path in paths]
         self.targets = targets.long() if task == "classify" else targets.float()
         self.task: Task = task
         self.classes, self.channels, self.cache, self.licence = classes, channels, cache, licence
@@ -88,7 +134,7 @@ class ImageSet:
         """
         chosen = self._checked(indices)
         part = copy.copy(self)
-        part.paths = [self.paths[i] for i in chosen.tolist()]
+        part.paths = pick(self.paths, chosen.tolist())
         part.targets = self.targets[chosen]
         part._rows = self._rows[chosen]
         part._held = {key: (images, rows[chosen]) for key, (images, rows) in self._held.items()}
@@ -127,23 +173,26 @@ class ImageSet:
             self._held[rendering] = self._render(range(len(self)), rendering), torch.arange(len(self))
         return rendering in self._held
 
+    def undecodable(self) -> dict[int, str]:
+        """Index and reason of every image that cannot be decoded; all are opened now."""
+        bad: dict[int, str] = {}
+
+        def check(i: int) -> None:
+            try:
+                self._open(i, channels=3)
+            except DataError as error:
+                bad[i] = error.reason
+
+        for_each(check, len(self), "checking images")
+        return dict(sorted(bad.items()))
+
     def _render(self, indices: list[int] | range, rendering: Rendering) -> Tensor:
-        images = torch.empty((len(indices), rendering.channels, *rendering.size), dtype=torch.uint8)
-        array = images.numpy()
-
-        def fill(k: int) -> None:
-            array[k] = render(self._open(indices[k], rendering.channels), rendering)
-
-        if torch.utils.data.get_worker_info() is None:
-            for_each(fill, len(indices), "decoding images")
-        else:  # one of several processes: threads would only compete with the others
-            for k in range(len(indices)):
-                fill(k)
-        return images
+        alone = torch.utils.data.get_worker_info() is None  # else threads would only compete with the other processes
+        return render_all(lambda k: self._open(indices[k], rendering.channels), len(indices), rendering, threads=alone)
 
     def _open(self, index: int, channels: int):
         if self._decoded is None:
-            return decode(self.paths[index], channels)
+            return open_image(self.paths, index, channels)
         from PIL import Image
 
         return Image.fromarray(self._decoded[int(self._rows[index])]).convert(MODES[channels])
@@ -176,6 +225,32 @@ class ImageSet:
                 f"indices {int(chosen.min())} to {int(chosen.max())} of {len(self)} images", where="indices"
             )
         return chosen.long()
+
+
+def pick(paths: Sequence[str], indices: Sequence[int]) -> Sequence[str]:
+    """The image files at ``indices``."""
+    return paths.pick(indices) if isinstance(paths, Members) else [paths[i] for i in indices]
+
+
+def open_image(paths: Sequence[str], index: int, channels: int) -> Image.Image:
+    """One of several image files, see :func:`refold.data.decoding.decode`."""
+    return decode(paths[index], channels, paths.read(index) if isinstance(paths, Members) else None)
+
+
+def render_all(open_: Callable[[int], Image.Image], count: int, rendering: Rendering, *, threads: bool) -> Tensor:
+    """The images ``open_(0)`` to ``open_(count - 1)`` as ``rendering`` says, (count, C, H, W) uint8."""
+    images = torch.empty((count, rendering.channels, *rendering.size), dtype=torch.uint8)
+    array = images.numpy()
+
+    def fill(k: int) -> None:
+        array[k] = render(open_(k), rendering)
+
+    if threads:
+        for_each(fill, count, "decoding images")
+    else:
+        for k in range(count):
+            fill(k)
+    return images
 
 
 def free_memory() -> float:

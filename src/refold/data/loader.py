@@ -88,14 +88,18 @@ class PlannedLoader(ABC):
         """(image, view) of each image of each batch of the coming epoch; see :class:`Order`."""
         return [[(index, self._plans.view) for index in indices.tolist()] for indices, _ in self._plans]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, of the next iteration.
+    def state(self) -> dict[str, Any]:
+        """Where the last batch ended, beside its number: nowhere else."""
+        return {}
+
+    def set_epoch(self, epoch: int, start: int = 0, state: dict[str, Any] | None = None) -> None:
+        """Choose the epoch, from 0, of the next iteration, which leaves out its first ``start`` batches.
 
         Raises:
-            DataError: a negative one.
+            DataError: a negative epoch.
         """
         generator(self._plans.seed, epoch, "order")  # complains about bad numbers now
-        self._plans.epoch = epoch
+        self._plans.epoch, self._plans.start = epoch, start
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self._loader)
@@ -120,7 +124,7 @@ class Loader(PlannedLoader):
     Images are decoded once, here and now, if they fit in memory (:meth:`ImageSet.hold`), else at every pass. Order
     and augmentation are a function of (seed, epoch, sample) alone: they do not depend on batch size, number of
     processes, workers or caching, and neither read nor change the global random state. To resume after epoch 3 is
-    ``set_epoch(3)``.
+    ``set_epoch(3)``, and after 50 batches of the next ``set_epoch(3, 50)``.
 
     With several processes each takes its share of every batch. Shuffled, all have equally many images in each
     batch: the last one is filled up from the front of the order. Not shuffled, every image comes exactly once, and
@@ -179,6 +183,7 @@ class Plans(Sampler[Plan]):
     world: int = 1
     views: int | None = None
     epoch: int = 0
+    start: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
@@ -219,7 +224,7 @@ class Plans(Sampler[Plan]):
         order = order[torch.arange(self.total) % self.count]
         source = generator(self.seed, self.view, "augmentation")
         draws = torch.rand(self.count, self.columns, dtype=torch.float64, generator=source)
-        for indices in order[self.rank :: self.world].split(self.batch_size // self.world):
+        for indices in order[self.rank :: self.world].split(self.batch_size // self.world)[self.start :]:
             if len(indices):
                 yield indices, draws[indices]
 

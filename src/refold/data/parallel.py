@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-__all__ = ["available_cpus", "for_each", "one_torch_thread"]
+__all__ = ["available_cpus", "counted", "for_each", "one_torch_thread"]
 
 _CHUNK = 16  # images of one task
 _SILENCE = 2.0  # seconds before the bar appears
@@ -67,12 +68,27 @@ def for_each(function: Callable[[int], None], count: int, title: str) -> None:
             bar.close()
 
 
+def counted(items: Iterable[Any], title: str) -> Iterator[Any]:
+    """The items, of which nobody knows how many there are, with a bar as of :func:`for_each` that counts them."""
+    bar, begun = None, time.monotonic()
+    try:
+        for number, item in enumerate(items):
+            if number % _CHUNK == 0 and bar is None and time.monotonic() - begun > _SILENCE and _wants_bar():
+                bar = _Bar(title, None)
+            if number % _CHUNK == 0 and bar is not None:
+                bar.show(number)
+            yield item
+    finally:
+        if bar is not None:
+            bar.close()
+
+
 def _wants_bar() -> bool:
     return sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class _Bar:
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int | None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -28,7 +28,7 @@ from refold.data.images import Task
 from refold.data.listing import SPLIT_NAMES, WHOLE, Label, Listing, number
 from refold.errors import DataError
 
-__all__ = ["read_table"]
+__all__ = ["read_pairs", "read_table"]
 
 _PATHS = ("path", "image", "file", "filename")
 _TASKS: dict[str, Task] = {"label": "classify", "labels": "multilabel", "target": "regress"}
@@ -58,6 +58,31 @@ def read_table(path: Path, target: str | None = None) -> dict[str, Listing]:
         return {WHOLE: whole}
     splits = [_split(name, place) for name, place in zip(columns["split"], places, strict=True)]
     return {s: whole.pick(i for i, here in enumerate(splits) if here == s) for s in dict.fromkeys(splits)}
+
+
+def read_pairs(path: Path, form: str) -> dict[str, str]:
+    """A CSV of two columns without a header: the first cell of each line -> the second.
+
+    Args:
+        path: the file.
+        form: what a line should be, for errors: ``CLASS,NAME``.
+
+    Raises:
+        DataError: it cannot be read, a line has no two cells, or two lines begin alike.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot be read ({error})", where=str(path)) from error
+    pairs: dict[str, str] = {}
+    for line, row in enumerate(rows, start=1):
+        if len(row) != 2 or not all(row):
+            raise DataError(f"is no {form}", where=f"{path}, row {line}")
+        if row[0] in pairs:
+            raise DataError(f"maps {row[0]!r} twice", where=str(path))
+        pairs[row[0]] = row[1]
+    return pairs
 
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:

@@ -87,6 +87,7 @@ def train_dense(
     *,
     resume: bool,
     on_epoch: Callable[[dict[str, Any]], None] | None,
+    until: int | None,
     progress: bool | None,
 ) -> TrainResult:
     """:func:`refold.train` of a dense task, in a folder that was checked."""
@@ -104,6 +105,7 @@ def train_dense(
         folder=folder,
         resume=resume,
         on_epoch=on_epoch,
+        until=until,
         progress=progress,
     )
     if folder.main:

@@ -252,12 +252,20 @@ class MultiTaskProblem:
         self._task = self.order[0]
         model.activate(self._task)
 
-    def batches(self, epoch: int, seed: int) -> Iterator[tuple[str, Any]]:
+    def batches(
+        self, epoch: int, seed: int, start: int = 0, state: dict[str, Any] | None = None
+    ) -> Iterator[tuple[str, Any]]:
         """(task, batch of its problem)."""
-        sources = {task: iter(problem.batches(epoch, seed)) for task, problem in self.problems.items()}
-        for task in self.order:
+        sources = {
+            task: iter(problem.batches(epoch, seed, self.order[:start].count(task), state and state[task]))
+            for task, problem in self.problems.items()
+        }
+        for task in self.order[start:]:
             self._task = task
             yield task, next(sources[task])
+
+    def state(self) -> dict[str, Any]:
+        return {task: problem.state() for task, problem in self.problems.items()}
 
     def step(self) -> AbstractContextManager[Any]:
         return self.problems[self._task].step()
@@ -330,6 +338,8 @@ def fit_tasks(
             raise DataError(f"has {own.classes} classes, its data {len(part.classes)}", where=task)
     if recipe.select is not None:
         raise DataError("the best epoch is chosen by the mean over tasks", where="select", remedy="Leave it out")
+    if recipe.accumulate > 1:
+        raise DataError("a step is one batch of one task", where="accumulate", remedy="Leave it out")
     if state_of(model.body) is None:
         raise SiteError("nothing is attached", where="fit_tasks", remedy="Call model.attach first")
     model.activate(model.tasks[0])  # whose flags say what trains: before the frozen weights change their precision

@@ -35,11 +35,11 @@ class DenseProblem(LoadedProblem):
         features: Features | None,
     ) -> None:
         super().__init__(loader, train_set, val_set, classes)
-        self.features = features
+        self.planned, self.features = loader, features
 
-    def batches(self, epoch: int, seed: int) -> Iterable[Any]:
-        batches = super().batches(epoch, seed)
-        return zip(self.loader.keys, batches, strict=True)
+    def batches(self, epoch: int, seed: int, start: int = 0, state: dict[str, Any] | None = None) -> Iterable[Any]:
+        batches = super().batches(epoch, seed, start, state)
+        return zip(self.planned.keys, batches, strict=True)
 
     def training(self, keys: Sequence[Key]) -> AbstractContextManager[None]:
         """Around the model's forward of a batch."""

@@ -14,16 +14,15 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import nn
 
 from refold.backbones.hub import hub_access
-from refold.backbones.normalization import NORMALIZATIONS
+from refold.backbones.libraries import from_torchvision_zoo, processor_normalization
 from refold.backbones.packaged import PACKAGED
 from refold.backbones.request import Loaded
-from refold.backbones.timm_source import close_matches, with_drop_path
+from refold.backbones.timm_source import with_drop_path
 from refold.dense.stages import Features, choose_stages
 from refold.errors import BackboneError, MissingExtraError
 from refold.preprocessing import Preprocessing
@@ -97,18 +96,7 @@ def from_torchvision(
     from torchvision.ops import StochasticDepth
 
     where = f"torchvision/{name}"
-    known = zoo.list_models(module=zoo)
-    if name not in known:
-        remedy = close_matches(name, known, "torchvision/") or "See: torchvision.models.list_models()"
-        raise BackboneError("torchvision knows no such classifier", where=where, remedy=remedy)
-    try:
-        model = zoo.get_model(name, weights="DEFAULT" if pretrained else None).eval()
-    except (OSError, URLError, RuntimeError) as error:
-        raise BackboneError(
-            f"its weights cannot be downloaded ({error})",
-            where=where,
-            remedy="Put the file into torch.hub's folder (~/.cache/torch/hub/checkpoints), or use a packaged/ model",
-        ) from error
+    model = from_torchvision_zoo(name, zoo, "classifier", pretrained=pretrained)
     trunk = _trunk(model, where)
     for module in trunk.modules():
         if isinstance(module, StochasticDepth):
@@ -189,7 +177,7 @@ def from_transformers(
     chosen = choose_stages(strides, stages, where)
     body = build([names[i] for i in chosen], pretrained)
     strides, channels = _measure(body, size, where)
-    mean, std = _normalization(name)
+    mean, std = processor_normalization(name)
     return Features(body, channels, strides, False, None, Preprocessing(size, mean, std))
 
 
@@ -231,18 +219,6 @@ def _measure(body: Any, size: tuple[int, int], where: str) -> tuple[tuple[int, .
     except (RuntimeError, ValueError) as error:
         raise BackboneError(f"cannot take {size[0]}x{size[1]} images ({error})", where=where) from error
     return tuple(round(size[0] / m.shape[2]) for m in maps), tuple(m.shape[1] for m in maps)
-
-
-def _normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a checkpoint's image processor, or ImageNet's where there is none."""
-    from transformers import AutoImageProcessor
-
-    try:
-        with hub_access(name):
-            processor: Any = AutoImageProcessor.from_pretrained(name)
-        return tuple(processor.image_mean), tuple(processor.image_std)
-    except (BackboneError, AttributeError):
-        return NORMALIZATIONS["imagenet"]
 
 
 def _no_maps(library: str, where: str, error: Exception | None = None) -> BackboneError:

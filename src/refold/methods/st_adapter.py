@@ -25,6 +25,7 @@ from torch import Tensor
 
 from refold.adapters.nonlinear import ACTIVATIONS
 from refold.adapters.temporal import TemporalBottleneck
+from refold.errors import SiteError
 from refold.methods.base import Method, Plan, is_count, require
 from refold.methods.weight import check_usual
 from refold.places import branch_site, branches, on_grid
@@ -42,7 +43,7 @@ class STAdapter(Method):
 
     Args:
         hidden: inner width c.
-        frames: images of a clip.
+        frames: images of a clip; of a :class:`refold.video.FrameModel` its ``frames``.
         activation: behind the convolution; the released code has none.
         sites: roles (``"attention"``, ``"mlp"``) or paths of residual branches; None is both roles.
 
@@ -75,7 +76,16 @@ class STAdapter(Method):
         return Plan(tuple(sites), tuple(skipped + flat))
 
     def _clips(self, batch: Tensor) -> Tensor:
-        """Whole clips, of repeated images where the batch holds none."""
+        """Whole clips, of repeated images where the batch holds none.
+
+        Raises:
+            SiteError: the model takes clips (B, T, C, H, W) of another number of frames, so it would mix other clips'.
+        """
+        if batch.dim() == 5:
+            if batch.shape[1] != self.frames:
+                remedy = f"Use STAdapter(frames={batch.shape[1]})"
+                raise SiteError(f"clips have {batch.shape[1]} frames, not {self.frames}", where="frames", remedy=remedy)
+            return batch
         whole = batch.dim() == 0 or len(batch) % self.frames == 0
         return batch if whole else batch.repeat_interleave(self.frames, dim=0)
 

@@ -6,7 +6,6 @@ further set may have some of the classes alone (A and R have 200): those then co
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from refold.bench.environment import environment
 from refold.data import Splits, load_dataset
+from refold.data.tables import read_pairs
 from refold.errors import DataError
 from refold.methods import Method
 from refold.protocols.fewshot import load_classes, plan, require_different, shot_splits
@@ -96,7 +96,9 @@ def load_other(data: str | Path, classes: Sequence[str], mapping: str | Path | N
     if splits.task != "classify" or splits.classes is None:
         raise DataError(f"is made for {splits.task!r}, not for classes", where=str(data))
     chosen = splits.test or splits.train
-    names = {name: name for name in splits.classes} if mapping is None else _read_mapping(Path(mapping))
+    names = (
+        {name: name for name in splits.classes} if mapping is None else read_pairs(Path(mapping), "CLASS,SOURCE_CLASS")
+    )
     index = {name: k for k, name in enumerate(classes)}
     places = []
     for name in splits.classes:
@@ -189,19 +191,3 @@ def _parts(splits: Splits, shots: int | None, seed: int, *, validate: bool) -> t
             "has no validation split to compare candidates on", where="grid", remedy="Give one, or use shots"
         )
     return replace(splits, test=None), replace(splits, val=None)
-
-
-def _read_mapping(path: Path) -> dict[str, str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot be read ({error})", where=str(path)) from error
-    for number, row in enumerate(rows, start=1):
-        if len(row) != 2 or not all(row):
-            raise DataError("is no CLASS,SOURCE_CLASS", where=f"{path}, row {number}")
-    names = [name for name, _ in rows]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"maps {twice!r} twice", where=str(path))
-    return dict(rows)  # type: ignore[arg-type]

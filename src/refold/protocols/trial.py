@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,23 @@ from refold.training.loop import fit
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Choice", "Other", "Repeated", "choose", "finals", "method_slug", "trial", "write_json"]
+    from refold.video import VideoSet
+
+__all__ = [
+    "Choice",
+    "Engine",
+    "Job",
+    "Other",
+    "Repeated",
+    "choose",
+    "digest",
+    "final_jobs",
+    "finals",
+    "method_slug",
+    "search_jobs",
+    "trial",
+    "write_json",
+]
 
 
 class Repeated(tuple[float, ...]):
@@ -61,6 +77,28 @@ class Other:
 
     images: ImageSet
     outputs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training to be made: arguments of :func:`trial`."""
+
+    config: TrainConfig
+    splits: Splits
+    path: Path
+    others: Mapping[str, Other] | None = None
+
+    def make(self, progress: bool | None = False) -> dict[str, Any]:
+        """Its record, made or read."""
+        return trial(self.config, self.splits, self.path, others=self.others, progress=progress)
+
+
+class Engine(Protocol):
+    """What makes many records at once, such as :class:`refold.sweeps.RayEngine`."""
+
+    def records(self, jobs: Sequence[Job], folder: Path) -> None:
+        """Make those that are not there yet; files beside them go to ``folder``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -97,13 +135,26 @@ def choose(
         return Choice(candidates[0], {}, 0.0)
     last: dict[Point, dict[str, float]] = {}
     seconds = 0.0
-    for point in candidates:
-        changed = point.apply(config).replace(validate_every=config.epochs)
-        record = trial(changed, splits, folder / f"val-{point.slug}-{config.seed}.json", progress=progress)
+    for point, job in zip(candidates, search_jobs(config, candidates, splits, folder), strict=True):
+        record = job.make(progress)
         last[point] = record["val"][-1]
         seconds += record["seconds"]
     best = max(candidates, key=lambda point: (last[point]["accuracy"], -last[point]["loss"]))
     return Choice(best, {str(point): row["accuracy"] for point, row in last.items()}, seconds)
+
+
+def search_jobs(config: TrainConfig, candidates: Sequence[Point], splits: Splits, folder: Path) -> list[Job]:
+    """What :func:`choose` trains; nothing where there is one candidate."""
+    if len(candidates) == 1:
+        return []
+    return [
+        Job(
+            point.apply(config).replace(validate_every=config.epochs),
+            splits,
+            folder / f"val-{point.slug}-{config.seed}.json",
+        )
+        for point in candidates
+    ]
 
 
 def finals(
@@ -126,14 +177,23 @@ def finals(
         folder: of the records.
         others, progress: as for :func:`trial`.
     """
-    records = [
-        trial(
-            chosen.point.apply(config).replace(seed=seed), splits(seed),
-            folder / f"test-{chosen.point.slug}-{seed}.json", others=others, progress=progress,
-        )
-        for seed in seeds
-    ]  # fmt: skip
+    records = [job.make(progress) for job in final_jobs(config, chosen.point, seeds, splits, folder, others)]
     return records, chosen.seconds + sum(record["seconds"] for record in records)
+
+
+def final_jobs(
+    config: TrainConfig,
+    point: Point,
+    seeds: Sequence[int],
+    splits: Callable[[int], Splits],
+    folder: Path,
+    others: Mapping[str, Other] | None = None,
+) -> list[Job]:
+    """What :func:`finals` trains."""
+    return [
+        Job(point.apply(config).replace(seed=seed), splits(seed), folder / f"test-{point.slug}-{seed}.json", others)
+        for seed in seeds
+    ]
 
 
 def trial(
@@ -163,13 +223,14 @@ def trial(
     """
     settings, accelerator = config.to_json(), start_accelerator()
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    data = {name: _digest(part) for name, part in parts.items() if part is not None}
-    data |= {f"others {name}": _digest(other.images, other.outputs) for name, other in (others or {}).items()}
+    data = {name: digest(part) for name, part in parts.items() if part is not None}
+    data |= {f"others {name}": digest(other.images, other.outputs) for name, other in (others or {}).items()}
     finished = path.is_file()
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     if finished:
         record = _read(path)
-        check_same(record["settings"], settings, ignore=FREE_SETTINGS)
+        # Settings that came later than the record have their defaults.
+        check_same(TrainConfig.from_json(record["settings"]).to_json(), settings, ignore=FREE_SETTINGS)
         if record["data"] != data:
             raise DataError(
                 "was trained or tested on other images or labels",
@@ -219,8 +280,8 @@ def _accuracy(
     return float((predicted == other.images.targets).float().mean())
 
 
-def _digest(images: ImageSet, outputs: Tensor | None = None) -> str:
-    """What tells image sets apart: their paths and targets."""
+def digest(images: ImageSet | VideoSet, outputs: Tensor | None = None) -> str:
+    """What tells sets apart: their paths and targets."""
     found = hashlib.blake2b(digest_size=12)
     found.update("\n".join(images.paths).encode())
     found.update(json.dumps([images.targets.tolist(), None if outputs is None else outputs.tolist()]).encode())

@@ -21,7 +21,17 @@ from refold.data import Splits
 from refold.errors import DataError
 from refold.protocols.fewshot import require_different
 from refold.protocols.points import Point, points
-from refold.protocols.trial import Choice, Repeated, choose, finals, trial, write_json
+from refold.protocols.trial import (
+    Choice,
+    Engine,
+    Job,
+    Repeated,
+    choose,
+    final_jobs,
+    finals,
+    search_jobs,
+    write_json,
+)
 from refold.protocols.vtab import GROUPS, TASKS, find_tasks, load_task
 from refold.training.config import TrainConfig
 
@@ -115,6 +125,7 @@ def run_vtab(
     grid: Mapping[str, Sequence[Any]] | None = None,
     seeds: Sequence[int] = (0,),
     published_protocol: bool = False,
+    engine: Engine | None = None,
     progress: bool | None = False,
     on_task: Callable[[TaskResult], None] | None = None,
 ) -> VtabResult:
@@ -126,6 +137,7 @@ def run_vtab(
         grid: name -> candidates, see :func:`refold.protocols.points.parse_grid`; None searches nothing.
         seeds: of the final trainings; the first also of the search.
         published_protocol: choose epoch and candidate on the test set, as the published code does.
+        engine: trains many at once, over all tasks; None trains one after the other, here.
         progress: bars on standard error; None shows them on a terminal.
         on_task: called with each finished row.
 
@@ -140,10 +152,17 @@ def run_vtab(
     for point in candidates:
         point.apply(config)  # complains now
     loaded = {name: load_task(TASKS[name], folder, cache=config.cache) for name, folder in folders.items()}
+    runs = {
+        name: _Task(config, Path(config.output) / name, search, final, candidates, seeds, progress)
+        for name, (search, final) in loaded.items()
+    }
+    if engine is not None:
+        waves = (_Task.published_jobs,) if published_protocol else (_Task.search_jobs, _Task.final_jobs)
+        for wave in waves:
+            engine.records([job for run in runs.values() for job in wave(run)], Path(config.output))
     rows = []
-    for name, (search, final) in loaded.items():
-        run = _Task(config, Path(config.output) / name, search, final, progress)
-        rows.append((run.published if published_protocol else run.honest)(name, candidates, seeds))
+    for name, run in runs.items():
+        rows.append((run.published if published_protocol else run.honest)(name))
         if on_task is not None:
             on_task(rows[-1])
     result = VtabResult(rows, published_protocol, config.normalize, config.method.describe())
@@ -159,29 +178,52 @@ class _Task:
     folder: Path
     search: Splits
     final: Splits
+    candidates: list[Point]
+    seeds: Sequence[int]
     progress: bool | None
 
-    def honest(self, name: str, candidates: list[Point], seeds: Sequence[int]) -> TaskResult:
-        config = self.config.replace(seed=seeds[0])
-        chosen = choose(config, candidates, self.search, self.folder, progress=self.progress)
-        records, seconds = finals(self.config, chosen, seeds, lambda _: self.final, self.folder, progress=self.progress)
+    def search_jobs(self) -> list[Job]:
+        return search_jobs(self._first, self.candidates, self.search, self.folder)
+
+    def final_jobs(self) -> list[Job]:
+        return final_jobs(self.config, self._chosen().point, self.seeds, lambda _: self.final, self.folder)
+
+    def honest(self, name: str) -> TaskResult:
+        chosen = self._chosen()
+        records, seconds = finals(
+            self.config, chosen, self.seeds, lambda _: self.final, self.folder, progress=self.progress
+        )
         accuracy = Repeated(record["test"]["accuracy"] for record in records)
         return self._row(name, chosen, accuracy, seconds)
 
-    def published(self, name: str, candidates: list[Point], seeds: Sequence[int]) -> TaskResult:
+    @property
+    def _first(self) -> TrainConfig:
+        return self.config.replace(seed=self.seeds[0])
+
+    def _chosen(self) -> Choice:
+        return choose(self._first, self.candidates, self.search, self.folder, progress=self.progress)
+
+    def published_jobs(self) -> list[Job]:
+        """Of every candidate one for each seed."""
         as_val = replace(self.final, val=self.final.test, test=None)
-        scores: dict[Point, Repeated] = {}
-        seconds = 0.0
-        for point in candidates:
-            records = []
-            for seed in seeds:
-                config = point.apply(self.config).replace(seed=seed, validate_every=_PUBLISHED_EVERY)
-                path = self.folder / f"published-{point.slug}-{seed}.json"
-                records.append(trial(config, as_val, path, progress=self.progress))
-            scores[point] = Repeated(max(row["accuracy"] for row in record["val"]) for record in records)
-            seconds += sum(record["seconds"] for record in records)
-        best = max(candidates, key=lambda point: scores[point].mean)
-        shown = {str(point): found.mean for point, found in scores.items()} if len(candidates) > 1 else {}
+        return [
+            Job(
+                point.apply(self.config).replace(seed=seed, validate_every=_PUBLISHED_EVERY),
+                as_val,
+                self.folder / f"published-{point.slug}-{seed}.json",
+            )
+            for point in self.candidates
+            for seed in self.seeds
+        ]
+
+    def published(self, name: str) -> TaskResult:
+        records = [job.make(self.progress) for job in self.published_jobs()]
+        best_epochs = [max(row["accuracy"] for row in record["val"]) for record in records]
+        seeds = len(self.seeds)
+        scores = {point: Repeated(best_epochs[k * seeds : (k + 1) * seeds]) for k, point in enumerate(self.candidates)}
+        seconds = sum(record["seconds"] for record in records)
+        best = max(self.candidates, key=lambda point: scores[point].mean)
+        shown = {str(point): found.mean for point, found in scores.items()} if len(self.candidates) > 1 else {}
         return self._row(name, Choice(best, shown, 0.0), scores[best], seconds)
 
     def _row(self, name: str, chosen: Choice, accuracy: Repeated, seconds: float) -> TaskResult:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refold.backbones.prompts import embed_classes
 from refold.dense import Encoder
 from refold.errors import DataError
 from refold.segmentation.decoders import Decoder
@@ -133,36 +133,3 @@ class _Guided(Decoder):
         scores = self.scores(maps[-1])
         logits = super().forward(images, [*maps[:-1], torch.cat((maps[-1], scores.to(maps[-1].dtype)), dim=1)])
         return [*logits, self.scores.logits(scores)] if self.training else logits
-
-
-@torch.no_grad()
-def embed_classes(
-    classes: Sequence[str],
-    tower: Any,
-    tokenizer: Callable[[list[str]], Tensor],
-    templates: Sequence[str] = ("a photo of a {}.",),
-) -> Tensor:
-    """Text embeddings (K, C) of class names, of length 1: the mean over the templates' normalised ones.
-
-    Args:
-        classes: K names.
-        tower: has ``encode_text``, as open_clip's models.
-        tokenizer: sentences -> what ``encode_text`` takes, as ``open_clip.get_tokenizer`` gives.
-        templates: sentences with ``{}`` for the name.
-
-    Raises:
-        DataError: no class, no template, or one without ``{}``.
-    """
-    if not classes or not templates or any("{}" not in template for template in templates):
-        raise DataError("needs class names, and templates with {} for the name", where="embed_classes")
-    was_training = tower.training
-    tower.eval()
-    try:
-        device = next(tower.parameters()).device
-        found = [
-            F.normalize(tower.encode_text(tokenizer([t.format(name) for name in classes]).to(device)).float(), dim=1)
-            for t in templates
-        ]
-    finally:
-        tower.train(was_training)
-    return F.normalize(torch.stack(found).mean(0), dim=1).cpu()

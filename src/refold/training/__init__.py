@@ -9,10 +9,12 @@ from refold.training.job import TrainResult, train
 from refold.training.loop import Fit, fit
 from refold.training.prediction import Predictions, predict
 from refold.training.run import RunFolder
+from refold.training.zeroshot import Interpolated, interpolate_run, zeroshot
 
 __all__ = [
     "Evaluation",
     "Fit",
+    "Interpolated",
     "Predictions",
     "Ready",
     "Recipe",
@@ -21,7 +23,9 @@ __all__ = [
     "TrainResult",
     "evaluate",
     "fit",
+    "interpolate_run",
     "predict",
     "resolve",
     "train",
+    "zeroshot",
 ]

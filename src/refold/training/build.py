@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 import refold
-from refold.attachment import attached_part
+from refold.attachment import attached_part, trainable_parameters
 from refold.errors import DataError
 from refold.inspection import description
 from refold.preprocessing import Preprocessing
 from refold.state import state_of
-from refold.store import read_header
+from refold.store import Header, read_header
 from refold.training.config import DENSE_TASKS, TrainConfig
 from refold.training.tasks import Task, plain_task
 
-__all__ = ["Ready", "build_attached", "build_backbone", "resolve"]
+if TYPE_CHECKING:
+    from refold.backbones import Prompts
+
+__all__ = ["Ready", "build_attached", "build_backbone", "load_start", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Ready:
     Attributes:
         model: in eval mode.
         preprocessing: how images become its input.
-        kind: the name of its task: what :attr:`Task.kind` says, or one of the dense tasks.
+        kind: the name of its task: what :attr:`Task.kind` says, one of the dense tasks, or ``"video"``.
         classes: names in the order of its outputs, of detection from label 1 on; None for a regression.
         config: of the run it comes from, None for files and models.
     """
@@ -41,12 +45,12 @@ class Ready:
 
     @property
     def task(self) -> Task:
-        """What the outputs of a model of whole images mean.
+        """What the outputs of a model of whole images or videos mean.
 
         Raises:
             DataError: the model is of a dense task.
         """
-        return plain_task(self.kind, self.classes)
+        return plain_task("classify" if self.kind == "video" else self.kind, self.classes)
 
     @property
     def dense(self) -> bool:
@@ -59,8 +63,11 @@ class Ready:
         return self.model.get_submodule(attached_part(self.model))
 
 
-def build_backbone(config: TrainConfig, outputs: int) -> tuple[nn.Module, str, Preprocessing]:
-    """The config's backbone with a fresh head of ``outputs`` outputs, its spec, and its preprocessing.
+def build_backbone(
+    config: TrainConfig, outputs: int, head: str | Prompts = "linear"
+) -> tuple[nn.Module, str, Preprocessing]:
+    """The config's backbone with a head of ``outputs`` outputs, fresh or as ``head`` says, its spec, and its
+    preprocessing.
 
     Random weights, the head's among them, are a function of the seed; the global random state is left alone.
     """
@@ -76,6 +83,7 @@ def build_backbone(config: TrainConfig, outputs: int) -> tuple[nn.Module, str, P
             weights=config.weights,
             pretrained=config.pretrained,
             drop_path=config.drop_path,
+            head=head,
         )
     normalized = backbones.with_normalization(loaded.preprocessing, config.normalize)
     return loaded.model, loaded.spec, replace(normalized, crop=config.crop)
@@ -85,22 +93,50 @@ def build_attached(config: TrainConfig, kind: str, classes: list[str] | None) ->
     """The backbone with the config's method attached and described; its start is that of a file, or of the seed.
 
     Raises:
-        DataError: the file to start from holds another method.
+        DataError: the file to start from holds another method, prompts that do not suit the data, or nothing to train.
         StoreError: it cannot be read, or is for another backbone or other classes.
     """
-    model, spec, preprocessing = build_backbone(config, len(classes) if classes else 1)
+    prompts = _prompts(config, kind, classes)
+    model, spec, preprocessing = build_backbone(config, len(classes) if classes else 1, prompts or "linear")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         example = torch.randn(1, preprocessing.channels, *preprocessing.size)
         if config.start is None:
             refold.attach(model, config.method, example=example)
         else:
-            _load_start(model, config, example, classes)
+            load_start(model, config, example, classes)
     refold.describe(model, backbone=spec, classes=classes, preprocessing=preprocessing, task=kind)
+    if prompts is not None:
+        refold.describe(model, prompts=prompts.to_json())
+    if config.freeze_head:
+        model.get_submodule("head").requires_grad_(False)
+        if not trainable_parameters(model):
+            raise DataError("leaves nothing to train", where="freeze_head", remedy="Choose a method with adapters")
     return model, preprocessing
 
 
-def _load_start(model: nn.Module, config: TrainConfig, example: torch.Tensor, classes: list[str] | None) -> None:
+def _prompts(config: TrainConfig, kind: str, classes: list[str] | None) -> Prompts | None:
+    """What the config's head says to the text tower; None of a linear one."""
+    if config.head == "linear":
+        return None
+    from refold.backbones import Prompts
+
+    if kind != "classify" or classes is None:
+        raise DataError(f"is for classes that exclude each other, not for {kind!r}", where="head", remedy="Use linear")
+    names = None
+    if config.class_names is not None:
+        from refold.data.tables import read_pairs
+
+        names = read_pairs(Path(config.class_names), "CLASS,NAME")
+    return Prompts.of(classes, config.templates, names, tower=config.head == "text")
+
+
+def load_start(model: nn.Module, config: TrainConfig, example: torch.Tensor, classes: list[str] | None) -> None:
+    """Attach what the config's file to start from holds.
+
+    Raises:
+        DataError, StoreError: as :func:`build_attached`.
+    """
     assert config.start is not None
     header = read_header(config.start)
     if header.method != config.method:
@@ -137,8 +173,7 @@ def resolve(source: nn.Module | str | Path, *, weights: str | Path | None = None
         if config.pretrained:
             model = refold.from_pretrained(file, weights=weights or config.weights, force=force)
         else:
-            classes = read_header(file).classes
-            model = refold.load(_random(config, list(classes or ())), file, force=force)
+            model = refold.load(_random(config, read_header(file)), file, force=force)
     else:
         model = refold.from_pretrained(source, weights=weights, force=force)
     info = description(model.get_submodule(attached_part(model)))
@@ -151,14 +186,21 @@ def resolve(source: nn.Module | str | Path, *, weights: str | Path | None = None
             )
     ready = Ready(model.eval(), info["preprocessing"], info["task"], info.get("classes"), config)
     if not ready.dense:
-        plain_task(ready.kind, ready.classes)  # complains about what is no task
+        ready.task  # noqa: B018 (complains about what is no task)
     return ready
 
 
-def _random(config: TrainConfig, classes: list[str]) -> nn.Module:
+def _random(config: TrainConfig, header: Header) -> nn.Module:
     """The model of a run on random weights, without its adapter."""
+    classes = list(header.classes or ())
     if config.task is None:
-        return build_backbone(config, len(classes) or 1)[0]
+        from refold.backbones import stored_head
+
+        return build_backbone(config, len(classes) or 1, stored_head(header.extra.get("prompts")))[0]
+    if config.task == "video":
+        from refold.video.building import build_plain as build_video
+
+        return build_video(config, len(classes))[0]
     from refold.dense.job import build_plain
 
     with torch.random.fork_rng(devices=[]):

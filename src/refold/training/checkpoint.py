@@ -1,7 +1,7 @@
-"""What a killed run needs to go on: written atomically after every epoch, read without running code.
+"""What a killed run needs to go on: written atomically after every epoch, or within it, read without running code.
 
-Order, augmentation, dropout and mixing are functions of (seed, epoch), so no random state is stored: an epoch
-that starts from the same tensors ends in the same tensors.
+Order, augmentation, dropout and mixing are functions of (seed, epoch): an epoch that starts from the same tensors ends
+in the same tensors. Random states are stored only in the middle of one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from refold.errors import DataError, RefoldError
 
-__all__ = ["Best", "Checkpoint", "check_same", "write_atomically"]
+__all__ = ["Best", "Checkpoint", "Midway", "check_same", "write_atomically"]
 
-_FORMAT = 1
+_FORMAT = 2
+_READABLE = (1, 2)  # the first knew ends of epochs alone
 
 
 @dataclass
@@ -40,8 +41,23 @@ class Best:
 
 
 @dataclass
+class Midway:
+    """Where one process is within an epoch.
+
+    Attributes:
+        losses: (steps made,) their losses.
+        random: torch's random states, of the CPU and, if it trains there, the accelerator.
+        problem: :meth:`refold.training.problem.Problem.state`.
+    """
+
+    losses: Tensor
+    random: list[Tensor]
+    problem: dict[str, Any]
+
+
+@dataclass
 class Checkpoint:
-    """State at the end of an epoch.
+    """State at the end of an epoch, or within one.
 
     Attributes:
         epoch: finished epochs.
@@ -53,6 +69,7 @@ class Checkpoint:
         best: None until an epoch was evaluated.
         history: the lines of ``metrics.jsonl`` so far.
         seconds: time spent training so far.
+        midway: of each process, within the epoch that follows; None at the end of an epoch.
     """
 
     epoch: int
@@ -64,6 +81,7 @@ class Checkpoint:
     best: Best | None
     history: list[dict[str, Any]]
     seconds: float
+    midway: list[Midway] | None = None
 
     def write(self, path: Path) -> None:
         """Replace ``path`` in one step: a crash at any moment leaves the old file or the new one.
@@ -71,8 +89,9 @@ class Checkpoint:
         Raises:
             RefoldError: the file cannot be written.
         """
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "best"}
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
         record["best"] = vars(self.best) if self.best else None
+        record["midway"] = [vars(process) for process in self.midway] if self.midway else None
         record["format"] = _FORMAT
         write_atomically(path, lambda file: torch.save(record, file))
 
@@ -86,10 +105,12 @@ class Checkpoint:
         remedy = "Remove it to start the run again"
         try:
             record = torch.load(path, map_location="cpu", weights_only=True)
-            if record["format"] != _FORMAT:
+            if record["format"] not in _READABLE:
                 raise RefoldError(f"has format {record['format']}, not {_FORMAT}", where=str(path), remedy=remedy)
-            best = Best(**record["best"]) if record["best"] else None
-            return cls(**{f.name: record[f.name] for f in fields(cls) if f.name != "best"}, best=best)
+            saved = cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
+            saved.best = Best(**record["best"]) if record["best"] else None
+            saved.midway = [Midway(**process) for process in record["midway"]] if record.get("midway") else None
+            return saved
         except RefoldError:
             raise
         except Exception as error:  # torch.load raises whatever the damage causes

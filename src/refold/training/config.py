@@ -18,11 +18,15 @@ __all__ = ["Recipe", "TrainConfig"]
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "default", "math", "math-bf16")
 #: Settings that may differ when a run is resumed: where it lies and how fast images are decoded.
-FREE_SETTINGS = ("output", "workers", "cache", "features")
+FREE_SETTINGS = ("output", "workers", "cache", "features", "checkpoint_every")
 RUN_FACTS = ("environment", "command")  # what config.json holds beside the settings
 DENSE_TASKS = ("segment", "detect", "instance")
-BATCH_SIZES = {"segment": 16, "detect": 2, "instance": 2}
+BATCH_SIZES = {"segment": 16, "detect": 2, "instance": 2, "video": 16}
+HEADS = ("linear", "zeroshot", "text")
 NORMALIZATIONS = ("model", "imagenet", "inception", "none")
+SAMPLINGS = ("uniform", "dense", "strided")
+#: Settings of videos, and what they are for everything else.
+VIDEO_SETTINGS = {"frames": None, "sampling": "uniform", "stride": 4, "clips": 1, "crops": 1, "fold": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,9 @@ class Recipe:
     Attributes:
         epochs: passes over the training set.
         batch_size: images a step, over all processes together.
+        accumulate: equal batches that a step is divided into, one after the other, to need less memory: their gradients
+            add up to those of the whole batch. What looks at a whole batch (mixup, batch statistics, the mean of losses
+            with class weights) sees the parts.
         lr: peak learning rate of the adapters.
         head_lr: peak learning rate of the head; None means ``lr``.
         weight_decay: of AdamW, on everything but biases and one-dimensional parameters.
@@ -59,12 +66,14 @@ class Recipe:
         select: validation metric that chooses the best epoch; None means the task's own (accuracy, mean
             average precision, or mean absolute error).
         validate_every: epochs between two validations; the last epoch is always validated.
+        checkpoint_every: steps between two checkpoints within an epoch; None writes them at its end alone.
         seed: of order, augmentation, dropout and initialisation.
         workers: processes that decode images of data sets too large for memory.
     """
 
     epochs: int = 100
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = 1e-3
     head_lr: float | None = None
     weight_decay: float = 1e-4
@@ -83,13 +92,16 @@ class Recipe:
     attention: str = "auto"
     select: str | None = None
     validate_every: int = 1
+    checkpoint_every: int | None = None
     seed: int = 0
     workers: int = 0
 
     def __post_init__(self) -> None:
         self._integer("epochs", least=1)
         self._integer("batch_size", least=1)
+        self._integer("accumulate", least=1)
         self._integer("validate_every", least=1)
+        self._integer("checkpoint_every", least=1, optional=True)
         self._integer("seed", least=0)
         self._integer("workers", least=0)
         self._number("lr", lambda v: v > 0, "positive")
@@ -125,6 +137,16 @@ class Recipe:
         """Plain data by field name."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Rebuild from :meth:`to_json`; a field that is not there yet has its default.
+
+        Raises:
+            DataError: naming the field that is unknown or out of range.
+        """
+        cls._known(data, where="settings")
+        return cls(**data)
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again.
 
@@ -157,7 +179,7 @@ class Recipe:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise DataError(f"must be a whole number of at least {least}, not {value!r}", where=name)
 
-    def _choice(self, name: str, choices: tuple[str | None, ...]) -> None:
+    def _choice(self, name: str, choices: tuple[str | int | None, ...]) -> None:
         if getattr(self, name) not in choices:
             raise DataError(
                 f"must be one of {', '.join(str(c) for c in choices)}, not {getattr(self, name)!r}",
@@ -177,21 +199,36 @@ class TrainConfig(Recipe):
     """Settings of :func:`refold.train`: the :class:`Recipe`, the model, the data and the run folder.
 
     Attributes:
-        data: a folder, CSV or list, as :func:`refold.data.load_dataset` understands it; of a dense task as
-            :func:`refold.segmentation.load_masks` and :func:`refold.detection.load_boxes` do.
-        task: ``"segment"``, ``"detect"`` or ``"instance"``; None learns whole images, as the data say: classes, labels
-            or numbers.
+        data: a folder, CSV, list, shards or stream, as :func:`refold.data.load_dataset` understands it; of a dense task
+            as :func:`refold.segmentation.load_masks` and :func:`refold.detection.load_boxes` do, and of videos as
+            :func:`refold.video.load_videos`.
+        task: ``"segment"``, ``"detect"``, ``"instance"`` or ``"video"``; None learns whole images, as the data say:
+            classes, labels or numbers.
         decoder: what is around the backbone in a dense task, see :data:`refold.dense.building.TASKS`; None is UPerNet,
             Faster R-CNN and Mask R-CNN.
         train, val, test: explicit split lists, relative to ``data``.
-        target: target column of a CSV.
+        target: target column of a CSV or stream, or field of the shards' JSON.
         fractions: shares, or counts, of train, validation and test where no explicit split is given; None, once,
             takes all the rest.
         skip_bad_images: leave out files that cannot be decoded instead of stopping.
         cache: keep decoded images in memory: ``"auto"``, or see :func:`refold.data.load_dataset`.
-        model: backbone spec, such as ``"timm/vit_base_patch16_224"``.
+        frames: of a clip of a video; None is what the model was made for, 8 for a backbone for images.
+        sampling: which frames make a clip: ``"uniform"``, ``"dense"`` or ``"strided"``, see
+            :mod:`refold.video.sampling`.
+        stride: frames from one of a clip to the next, unless ``sampling`` is uniform.
+        clips, crops: of a video, when the validation and the test set are scored at the end: probabilities of all its
+            views are averaged. Crops are 1 or 3.
+        fold: which of HMDB51's three official splits.
+        model: backbone spec, such as ``"timm/vit_base_patch16_224"``; of videos see :func:`refold.video.load_video`.
         weights: local checkpoint for the backbone.
         pretrained: False starts from random backbone weights.
+        head: of an image-text model (``open_clip/NAME/PRETRAINED``) with classes: ``"zeroshot"`` starts from the text
+            embeddings of the class names, ``"text"`` keeps the text tower, to which the method's adapters go as well,
+            and computes them anew at each step; ``"linear"``, of any backbone, is a fresh linear layer.
+        freeze_head: leave the zero-shot head as it is.
+        templates: sentences with ``{}`` for a class name; None is ``a photo of a {}.``.
+        class_names: a CSV of lines ``CLASS,NAME``, for prompts; a class that is not in it is called as the data call
+            it, ``_`` read as a space.
         in_chans: input channels; None means what the backbone was trained with.
         image_size: side of the model's input in pixels; None means the backbone's own.
         features: keep what a frozen backbone gives E3VA, LST or a linear probe of a dense task, so that it sees each
@@ -201,8 +238,10 @@ class TrainConfig(Recipe):
         normalize: ``"model"`` (the backbone's own mean and std), ``"imagenet"``, ``"inception"``
             (inputs in [-1, 1]) or ``"none"`` (inputs in [0, 1]).
         crop: ``"squash"`` resizes straight to the input size (the VTAB recipe), ``"center"`` cuts the centre.
-        drop_path: rate of stochastic depth in the backbone of whole images; dense tasks have none.
-        batch_size: None is 64 whole images, 16 to segment, and 2 for objects, whose images and heads are large.
+        drop_path: rate of stochastic depth in the backbone of whole images and videos; dense tasks have none. None is
+            0.1, and 0 of videos.
+        batch_size: None is 64 whole images, 16 to segment, 16 videos, and 2 for objects, whose images and heads are
+            large.
         method: how to adapt: an instance of one of :data:`refold.methods.METHODS`.
         start: adapter file of the same method on the same backbone, whose weights, head included, training starts
             from; None starts as the method does.
@@ -223,14 +262,24 @@ class TrainConfig(Recipe):
     cache: str = "auto"
     features: str | None = None
     views: int = 1
+    frames: int | None = None
+    sampling: str = "uniform"
+    stride: int = 4
+    clips: int = 1
+    crops: int = 1
+    fold: int = 1
     model: str
     weights: str | None = None
     pretrained: bool = True
+    head: str = "linear"
+    freeze_head: bool = False
+    templates: tuple[str, ...] | None = None
+    class_names: str | None = None
     in_chans: int | None = None
     image_size: int | None = None
     normalize: str = "model"
     crop: str = "squash"
-    drop_path: float = 0.1
+    drop_path: float = cast(float, None)  # a number from construction on
     method: Method
     start: str | None = None
     output: str
@@ -239,22 +288,24 @@ class TrainConfig(Recipe):
     def __post_init__(self) -> None:
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", BATCH_SIZES.get(self.task or "", Recipe.batch_size))
+        if self.drop_path is None:
+            object.__setattr__(self, "drop_path", 0.0 if self.task == "video" else 0.1)
         super().__post_init__()
-        for name in ("data", "train", "val", "test", "weights", "start", "output", "features"):
+        for name in ("data", "train", "val", "test", "weights", "start", "output", "features", "class_names"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         for name in ("data", "model", "output", "cache"):
             self._text(name)
-        for name in ("decoder", "train", "val", "test", "target", "weights", "start", "features"):
+        for name in ("decoder", "train", "val", "test", "target", "weights", "start", "features", "class_names"):
             self._text(name, optional=True)
-        self._choice("task", (None, *DENSE_TASKS))
+        self._choice("task", (None, *DENSE_TASKS, "video"))
         for name in ("decoder", "features"):
-            if getattr(self, name) is not None and self.task is None:
+            if getattr(self, name) is not None and self.task not in DENSE_TASKS:
                 raise DataError("is for dense tasks", where=name, remedy=f"Set task to {', '.join(DENSE_TASKS)}")
         self._integer("views", least=1)
         if self.views > 1 and self.features is None:
             raise DataError("is for cached features", where="views", remedy="Set features")
-        for name in ("skip_bad_images", "pretrained", "evaluate_test"):
+        for name in ("skip_bad_images", "pretrained", "evaluate_test", "freeze_head"):
             if not isinstance(getattr(self, name), bool):
                 raise DataError(f"must be true or false, not {getattr(self, name)!r}", where=name)
         self._integer("in_chans", least=1, optional=True)
@@ -262,13 +313,40 @@ class TrainConfig(Recipe):
         self._choice("normalize", NORMALIZATIONS)
         self._choice("crop", ("squash", "center"))
         self._number("drop_path", lambda v: 0 <= v < 1, "at least 0 and under 1")
+        self._video()
         self._fractions()
+        self._head()
         if not isinstance(self.method, Method):
             raise DataError(
                 f"must be one of {', '.join(METHODS)}, not {self.method!r}",
                 where="method",
                 remedy="For example: refold.RepAdapter(rank=8)",
             )
+
+    def _head(self) -> None:
+        self._choice("head", HEADS)
+        if self.head != "linear" and self.task is not None:
+            raise DataError(
+                f"{self.head!r} is for classes of whole images", where="head", remedy="Leave out head or task"
+            )
+        for name in ("templates", "class_names"):
+            if self.head == "linear" and getattr(self, name) is not None:
+                raise DataError("is for prompts", where=name, remedy="Set head to zeroshot or text")
+        if self.freeze_head and self.head != "zeroshot":
+            raise DataError(f"is for a zero-shot head, not {self.head!r}", where="freeze_head", remedy="Leave it out")
+        if isinstance(self.templates, list):
+            object.__setattr__(self, "templates", tuple(self.templates))
+
+    def _video(self) -> None:
+        self._choice("sampling", SAMPLINGS)
+        self._integer("frames", least=1, optional=True)
+        for name in ("stride", "clips"):
+            self._integer(name, least=1)
+        self._choice("crops", (1, 3))
+        self._choice("fold", (1, 2, 3))
+        for name, neutral in VIDEO_SETTINGS.items():
+            if self.task != "video" and getattr(self, name) != neutral:
+                raise DataError("is for videos", where=name, remedy="Set task to video")
 
     def _fractions(self) -> None:
         values = self.fractions

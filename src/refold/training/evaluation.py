@@ -23,8 +23,20 @@ if TYPE_CHECKING:
     from refold.data import ImageSet, Splits
     from refold.dense.job import Scored
     from refold.segmentation import Inference
+    from refold.video import VideoSplits
 
-__all__ = ["Evaluation", "evaluate", "labelled", "load_splits", "prediction_rows", "refuse_others", "score"]
+__all__ = [
+    "Evaluation",
+    "aligned",
+    "assess",
+    "evaluate",
+    "labelled",
+    "load_splits",
+    "prediction_rows",
+    "read_split",
+    "refuse_others",
+    "score",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,8 @@ def evaluate(
     workers: int = 0,
     inference: Inference | None = None,
     short_side: int | None = None,
+    clips: int | None = None,
+    crops: int | None = None,
 ) -> Evaluation | Scored:
     """Score a trained model on a split of a data set, in float32.
 
@@ -86,6 +100,7 @@ def evaluate(
         inference: of segmentation: windows, scales and flips; None is the whole image at once.
         short_side: of segmentation: pixels that an image's shorter side is resized to; None is that of the model's
             input, 0 leaves the image's own size. Predictions are compared at the size of the mask.
+        clips, crops: of a video, as in :class:`TrainConfig`; None is what the run had.
 
     Returns:
         of a dense task :class:`refold.dense.job.Scored`, which has ``metrics`` and ``details`` as well.
@@ -102,8 +117,18 @@ def evaluate(
 
         given = {"train": train, "val": val, "test": test, "target": target, "batch_size": batch_size}
         refuse_others(ready.kind, given | {"skip_bad_images": skip_bad_images or None})
+        refuse_others(ready.kind, {"clips": clips, "crops": crops})
         return evaluate_dense(ready, data, split, inference=inference, short_side=short_side, workers=workers)
     refuse_others(ready.kind, {"inference": inference, "short_side": short_side})
+    if ready.kind == "video":
+        from refold.video.using import evaluate_videos
+
+        refuse_others(ready.kind, {"target": target})
+        return evaluate_videos(
+            ready, data, split, train=train, val=val, test=test, skip_bad_images=skip_bad_images, clips=clips,
+            crops=crops, batch_size=batch_size, workers=workers,
+        )  # fmt: skip
+    refuse_others(ready.kind, {"clips": clips, "crops": crops})
     chosen, targets = labelled(
         ready, data, split, train=train, val=val, test=test, target=target, skip_bad_images=skip_bad_images
     )
@@ -138,24 +163,51 @@ def labelled(
     Raises:
         DataError: no such split, other classes than the model's, or another kind of target.
     """
+    if data is not None:
+        splits, chosen = read_split(
+            data, split, train=train, val=val, test=test, target=target, skip_bad_images=skip_bad_images
+        )
+    elif ready.config is not None:
+        _require_split(split)
+        splits = load_splits(ready.config)
+        chosen = _existing(getattr(splits, split), split)
+    else:
+        raise DataError("is needed: only a run folder knows its data", where="data")
+    return chosen, aligned(ready, splits, chosen.targets)
+
+
+def read_split(
+    data: str | Path,
+    split: str,
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    test: str | None = None,
+    target: str | None = None,
+    skip_bad_images: bool = False,
+) -> tuple[Splits, ImageSet]:
+    """A data set and the images of one of its splits, or all of them where it is not split.
+
+    The arguments are those of :func:`evaluate`.
+
+    Raises:
+        DataError: no such split, or data that cannot be read.
+    """
     from refold.data import load_dataset
 
     _require_split(split)
-    if data is not None:
-        splits = load_dataset(
-            data, train=train, val=val, test=test, target=target, fractions=(1.0, 0.0, 0.0),
-            skip_bad_images=skip_bad_images,
-        )  # fmt: skip
-        undivided = splits.val is None and splits.test is None
-        chosen = splits.train if undivided else getattr(splits, split)
-    elif ready.config is not None:
-        splits = load_splits(ready.config)
-        chosen = getattr(splits, split)
-    else:
-        raise DataError("is needed: only a run folder knows its data", where="data")
-    if chosen is None:
+    splits = load_dataset(
+        data, train=train, val=val, test=test, target=target, fractions=(1.0, 0.0, 0.0),
+        skip_bad_images=skip_bad_images,
+    )  # fmt: skip
+    undivided = splits.val is None and splits.test is None
+    return splits, splits.train if undivided else _existing(getattr(splits, split), split)
+
+
+def _existing(images: ImageSet | None, split: str) -> ImageSet:
+    if images is None:
         raise DataError(f"the data has no {split} split", where="split")
-    return chosen, _aligned(ready, splits, chosen.targets)
+    return images
 
 
 def _require_split(split: str) -> None:
@@ -202,8 +254,13 @@ def score(
     """Score ``model``, by default in float32, on images whose ``targets`` count classes as the model does."""
     loader = evaluation_loader(image_set, preprocessing, accelerator, batch_size=batch_size, workers=workers)
     logits = compute_logits(model, loader, len(image_set), accelerator, precision=precision)
+    return assess(logits, image_set.paths, targets, task)
+
+
+def assess(logits: Tensor, paths: Sequence[str], targets: Tensor, task: Task) -> Evaluation:
+    """Results of outputs (N, K) for N files."""
     scores = task.scores(logits)
-    rows = prediction_rows(image_set.paths, scores, task, targets)
+    rows = prediction_rows(paths, scores, task, targets)
     if task.kind == "regress":
         confidence, correct = (-(scores - targets).abs()).tolist(), None
     else:
@@ -214,7 +271,7 @@ def score(
 
 
 def prediction_rows(
-    paths: list[str], scores: Tensor, task: Task, targets: Tensor | None = None
+    paths: Sequence[str], scores: Tensor, task: Task, targets: Tensor | None = None
 ) -> list[dict[str, Any]]:
     """One row an image: ``path``, ``target`` where known, ``prediction``, and ``score CLASS`` for each class."""
     wanted = [{}] * len(paths) if targets is None else [{"target": t} for t in task.target_labels(targets)]
@@ -226,7 +283,7 @@ def prediction_rows(
     ]
 
 
-def _aligned(ready: Ready, splits: Splits, targets: Tensor) -> Tensor:
+def aligned(ready: Ready, splits: Splits | VideoSplits, targets: Tensor) -> Tensor:
     """Targets counted in the order of the model's classes.
 
     Raises:

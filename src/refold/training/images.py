@@ -13,7 +13,7 @@ from refold.errors import DataError
 from refold.preprocessing import Preprocessing
 from refold.training.config import Recipe
 from refold.training.consistency import make_consistency
-from refold.training.inference import autocast, compute_logits, evaluation_loader
+from refold.training.inference import Batches, autocast, compute_logits, evaluation_loader
 from refold.training.mixing import make_mixer
 from refold.training.problem import LoadedProblem, training_order
 from refold.training.tasks import Task
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from refold.data import ImageSet
+    from refold.data.loader import Order, PlannedLoader
+    from refold.data.streams import StreamLoader
+    from refold.video import VideoSet
 
 __all__ = ["ImageProblem", "chosen_metric"]
 
@@ -32,35 +35,54 @@ class ImageProblem(LoadedProblem):
     def __init__(
         self,
         model: nn.Module,
-        train_set: ImageSet,
-        val_set: ImageSet | None,
+        train_set: ImageSet | VideoSet,
+        val_set: ImageSet | VideoSet | None,
         preprocessing: Preprocessing,
         recipe: Recipe,
         task: Task,
         accelerator: Accelerator,
         precision: str,
     ) -> None:
-        from refold.data import Loader
-
-        self.model, self.val_set, self.preprocessing = model, val_set, preprocessing
+        self.model, self.val_set, self.preprocessing, self.recipe = model, val_set, preprocessing, recipe
         self.accelerator, self.precision = accelerator, precision
         self.task = task.to(accelerator.device)
         self.mixer = make_mixer(recipe, task.outputs)
         self.consistency = make_consistency(recipe, model, accelerator.device)
         order = training_order(recipe, len(train_set), accelerator)
-        loader = Loader(train_set, preprocessing, augment=recipe.augment, workers=recipe.workers, **order)
-        super().__init__(loader, train_set, val_set, task.classes)
-        self.val_loader = None
-        if val_set is not None:
-            self.val_loader = evaluation_loader(
-                val_set, preprocessing, accelerator, batch_size=recipe.batch_size, workers=recipe.workers
-            )
+        super().__init__(self._training(train_set, order), train_set, val_set, task.classes)
+        self.val_loader = None if val_set is None else self._evaluation(val_set)
         self.select = chosen_metric(recipe, task, val_set)
 
-    def batches(self, epoch: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def _training(self, train_set: Any, order: Order) -> PlannedLoader | StreamLoader:
+        from refold.data.streams import open_loader
+
+        return open_loader(
+            train_set, self.preprocessing, augment=self.recipe.augment, workers=self.recipe.workers, **order
+        )
+
+    def _evaluation(self, val_set: Any) -> Batches:
+        return evaluation_loader(
+            val_set, self.preprocessing, self.accelerator, batch_size=self.recipe.batch_size,
+            workers=self.recipe.workers,
+        )  # fmt: skip
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Of one input of the model."""
+        return (self.preprocessing.channels, *self.preprocessing.size)
+
+    def batches(
+        self, epoch: int, seed: int, start: int = 0, state: dict[str, Any] | None = None
+    ) -> Iterable[tuple[Tensor, Tensor]]:
         if self.consistency is not None:
             self.consistency.start(seed)
-        return super().batches(epoch, seed)
+            if state is not None:
+                self.consistency.noise.generator.set_state(state["noise"])
+        return super().batches(epoch, seed, start, state)
+
+    def state(self) -> dict[str, Any]:
+        state = super().state()
+        return state if self.consistency is None else {**state, "noise": self.consistency.noise.generator.get_state()}
 
     def step(self) -> AbstractContextManager[Any]:
         return super().step() if self.consistency is None else self.consistency.step()
@@ -101,12 +123,11 @@ class ImageProblem(LoadedProblem):
         return {"loss": loss, **self.task.metrics(self.task.scores(logits), val_set.targets)}
 
     def try_step(self, size: int) -> Tensor:
-        shape = (size, self.preprocessing.channels, *self.preprocessing.size)
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        images = torch.randn((size, *self._shape), generator=torch.Generator().manual_seed(0))
         return self._forward(self.model, images.to(self.accelerator.device))
 
 
-def chosen_metric(recipe: Recipe, task: Task, val_set: ImageSet | None) -> str:
+def chosen_metric(recipe: Recipe, task: Task, val_set: ImageSet | VideoSet | None) -> str:
     """The metric that chooses the best epoch, known to be defined on the validation set.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
-__all__ = ["autocast", "compute_logits", "evaluation_loader", "in_evaluation", "start_accelerator"]
+__all__ = ["Batches", "autocast", "compute_logits", "evaluation_loader", "in_evaluation", "start_accelerator"]
 
 
 def start_accelerator() -> Accelerator:
@@ -27,12 +28,22 @@ def start_accelerator() -> Accelerator:
     Mixed precision stays with refold, which holds frozen weights in bfloat16 itself.
 
     Raises:
-        RefoldError: another Accelerator with mixed precision is alive in this process.
+        RefoldError: another Accelerator with mixed precision is alive in this process, or the launcher shall divide the
+            model between processes.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     from refold.errors import RefoldError
 
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        # Where accelerate does not know how to, on CPUs, it would say nothing and train something else.
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
+            raise RefoldError(
+                "refold.train keeps the whole backbone on every process, and divides the images alone",
+                where=f"accelerate launch with {engine}",
+                remedy="Launch it without; a backbone larger than a device is trained by a loop of one's own, with "
+                "refold.attach, fully_shard and get_model_state_dict",
+            )
     try:
         return Accelerator(
             mixed_precision="no",
@@ -74,8 +85,13 @@ def evaluation_loader(
 ) -> Batches:
     """This process's share of ``image_set``: every world-th image from its rank on, in order."""
     from refold.data import Loader
+    from refold.data.streams import StreamLoader, StreamSet
 
     rank, world = accelerator.process_index, accelerator.num_processes
+    if isinstance(image_set, StreamSet):
+        return StreamLoader(
+            image_set, preprocessing, batch_size=batch_size * world, workers=workers, rank=rank, world=world
+        )  # fmt: skip
     part = image_set.subset(range(rank, len(image_set), world)) if world > 1 else image_set
     if not len(part):
         return ()

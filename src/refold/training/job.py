@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from refold.dense.job import Scored
     from refold.detection import BoxSplits
     from refold.segmentation import MaskSplits
+    from refold.video import VideoSplits
 
 __all__ = ["TrainResult", "finish", "summarize", "train"]
 
@@ -70,6 +71,7 @@ def train(
     *,
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    until: int | None = None,
     progress: bool | None = None,
     **settings: Any,
 ) -> TrainResult:
@@ -77,8 +79,8 @@ def train(
 
     The best epoch is chosen on the validation split alone, then scored in float32 on the validation and the
     test split. Under ``accelerate launch`` or ``torchrun`` every process calls this with the same arguments; the
-    first one writes, and ``output`` must be one folder for all. (On CPUs ``accelerate launch --cpu`` starts one process
-    whatever ``--num_processes`` says; ``--multi_gpu`` in its place starts all, GPUs or not.)
+    first one writes and reads ``output``, which other hosts need not see. (On CPUs ``accelerate launch --cpu`` starts
+    one process whatever ``--num_processes`` says; ``--multi_gpu`` in its place starts all, GPUs or not.)
 
     The folder holds ``config.json``, ``metrics.jsonl``, ``adapter.safetensors`` (best epoch), ``checkpoint.pt``
     (last epoch), ``tensorboard/``, ``predictions.csv`` and ``thumbnails/`` (of the test split, else of the
@@ -87,9 +89,12 @@ def train(
 
     Args:
         config: all settings; or give them by keyword.
-        resume: go on with a run that was stopped: same settings, same folder. On the CPU the result is the
-            uninterrupted run's, bit for bit. Starts anew where there is no checkpoint yet.
+        resume: go on with a run that was stopped: same settings, same folder; in the middle of an epoch, where
+            ``checkpoint_every`` is set, as many processes. On the CPU the result is the uninterrupted run's, bit for
+            bit. Starts anew where there is no checkpoint yet.
         on_epoch: called on the first process with each record of ``metrics.jsonl`` as it appears.
+        until: epochs, fewer than the config's, after which to pause: the schedule stays that of all of them, and
+            ``resume`` goes on.
         progress: bars on standard error; None shows them on a terminal.
         settings: fields of :class:`TrainConfig`; beside a ``config`` they replace its values.
 
@@ -97,6 +102,7 @@ def train(
         DataError: a bad setting, bad data, an output folder in use, or a resumed run with other settings.
         BackboneError, SiteError: the backbone cannot be loaded or adapted.
         RefoldError: the loss diverged, or the disk is full; the last checkpoint stays.
+        Paused: after ``until`` epochs (:class:`refold.training.trainer.Paused`).
         KeyboardInterrupt: with a note that says how to resume.
     """
     config = TrainConfig.of(**settings) if config is None else config.replace(**settings)
@@ -105,10 +111,18 @@ def train(
     folder.check(config, resume=resume)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
+    if config.task == "video":
+        from refold.video.job import train_video
+
+        return train_video(
+            config, accelerator, folder, resume=resume, on_epoch=on_epoch, until=until, progress=progress
+        )
     if config.task is not None:
         from refold.dense.job import train_dense
 
-        return train_dense(config, accelerator, folder, resume=resume, on_epoch=on_epoch, progress=progress)
+        return train_dense(
+            config, accelerator, folder, resume=resume, on_epoch=on_epoch, until=until, progress=progress
+        )
     splits = load_splits(config)
     model, preprocessing = build_attached(config, splits.task, splits.classes)
     if config.start is not None:
@@ -127,6 +141,7 @@ def train(
         folder=folder,
         resume=resume,
         on_epoch=on_epoch,
+        until=until,
         progress=progress,
     )
     if folder.main:
@@ -187,7 +202,7 @@ def finish(
 
 def summarize(
     config: TrainConfig,
-    parts: Splits | MaskSplits | BoxSplits,
+    parts: Splits | MaskSplits | BoxSplits | VideoSplits,
     model: nn.Module,
     solved: Solved,
     evaluations: Mapping[str, Evaluation | Scored],

@@ -76,6 +76,7 @@ def fit(
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     before_step: Callable[[int], None] | None = None,
+    until: int | None = None,
     progress: bool | None = False,
 ) -> Fit:
     """Train what :func:`refold.attach` left trainable, and leave the model at its best epoch, in eval mode.
@@ -89,11 +90,12 @@ def fit(
         recipe: how to optimise.
         task: ``"classify"``, ``"multilabel"`` or ``"regress"``.
         classes: names in the order of the head's outputs; None for a regression.
-        folder, resume, on_epoch, before_step, progress: as for :func:`solve`.
+        folder, resume, on_epoch, before_step, until, progress: as for :func:`solve`.
 
     Raises:
         DataError: a setting that does not suit the data, or a resumed run with other settings.
         RefoldError: the loss became infinite or not a number; the last checkpoint stays.
+        Paused: as :func:`solve`.
         KeyboardInterrupt: with a note that says how to resume.
     """
     built = make_task(task, classes, train_set.targets, recipe)
@@ -102,7 +104,7 @@ def fit(
         return ImageProblem(model, train_set, val_set, preprocessing, recipe, built, accelerator, precision)
 
     solved = solve(
-        model, problem, recipe, folder=folder, resume=resume, on_epoch=on_epoch, before_step=before_step,
+        model, problem, recipe, folder=folder, resume=resume, on_epoch=on_epoch, before_step=before_step, until=until,
         progress=progress,
     )  # fmt: skip
     built.finish(model, require_state(model, "fit").record().head)
@@ -118,6 +120,7 @@ def solve(
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     before_step: Callable[[int], None] | None = None,
+    until: int | None = None,
     progress: bool | None = False,
 ) -> Solved:
     """Train what is left trainable on a problem, and leave the model at its best epoch, in eval mode.
@@ -137,11 +140,14 @@ def solve(
         on_epoch: called on the main process with every record of ``history`` as it appears.
         before_step: called on every process with the number of each training step, from 0, before its forward; a
             resumed run goes on counting.
+        until: epochs, fewer than the recipe's, after which to pause: the schedule stays that of all of them, and
+            ``resume`` goes on.
         progress: bars on standard error; None shows them on a terminal.
 
     Raises:
         DataError: a setting that does not suit the data, or a resumed run with other settings.
         RefoldError: the loss became infinite or not a number; the last checkpoint stays.
+        Paused: after ``until`` epochs.
         KeyboardInterrupt: with a note that says how to resume.
     """
     accelerator = start_accelerator()
@@ -155,14 +161,16 @@ def solve(
             stack.enter_context(keep_freed_memory())
         if precision == "bf16":
             stack.enter_context(reduced_precision(model))
-        trainer = Trainer(model, build(accelerator, precision), recipe, accelerator, folder, on_epoch, before_step)
+        trainer = Trainer(
+            model, build(accelerator, precision), recipe, accelerator, folder, on_epoch, before_step, until
+        )
         if resume and folder is not None:
             trainer.resume(folder)
         try:
             trainer.run(progress)
         except KeyboardInterrupt as error:
             if folder is not None:
-                error.add_note(_how_to_resume(trainer.saved, recipe.epochs, folder))
+                error.add_note(_how_to_resume(trainer, folder))
             raise
         finally:
             if folder is not None:
@@ -181,8 +189,11 @@ def solve(
     )
 
 
-def _how_to_resume(saved: int, epochs: int, folder: RunFolder) -> str:
+def _how_to_resume(trainer: Trainer, folder: RunFolder) -> str:
     again = "The same command with --resume (in Python resume=True)"
-    if saved:
-        return f"Stopped after {saved} of {epochs} epochs. {again} goes on from {folder.checkpoint_path}"
+    epochs, steps = divmod(trainer.saved, trainer.steps)
+    if trainer.saved:
+        within = f" and {steps} of {trainer.steps} steps" if steps else ""
+        done = f"Stopped after {epochs} of {trainer.recipe.epochs} epochs{within}"
+        return f"{done}. {again} goes on from {folder.checkpoint_path}"
     return f"Stopped before the first checkpoint. {again} starts anew in {folder.path}"

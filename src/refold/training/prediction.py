@@ -39,13 +39,15 @@ def predict(
     threshold: float | None = None,
     inference: Inference | None = None,
     short_side: int | None = None,
+    clips: int | None = None,
+    crops: int | None = None,
 ) -> Predictions:
     """What a trained model sees in images, in float32.
 
     Args:
         source: a model with an adapter attached or merged, a run folder, an adapter file, or
             ``"hf-hub:user/repo"``.
-        images: a file, a folder (searched with its subfolders), or several files.
+        images: a file, a folder (searched with its subfolders), or several files; of a model of videos these.
         weights, force: as for :func:`refold.training.resolve`.
         skip_bad_images: leave out files that cannot be decoded instead of stopping.
         batch_size: images of a forward pass; None is 64. Dense tasks take images one by one.
@@ -53,7 +55,7 @@ def predict(
         output: of a dense task: an empty or new folder for what :func:`refold.dense.predicting.predict_dense` writes:
             ``masks/`` or ``predictions.json``, and ``overlays/``.
         threshold: of detection: the lowest score of what is drawn on the overlays; None is 0.5.
-        inference, short_side: of segmentation, as for :func:`refold.training.evaluate`.
+        inference, short_side, clips, crops: of segmentation and videos, as for :func:`refold.training.evaluate`.
 
     Returns:
         one dictionary an image, in the order given or sorted by path: ``path``; ``prediction``, a class name, a
@@ -68,9 +70,21 @@ def predict(
     """
     from refold.data import load_images
 
+    ready = resolve(source, weights=weights, force=force)
+    given = {"output": output, "threshold": threshold, "inference": inference, "short_side": short_side}
+    if ready.kind == "video":
+        from refold.video.using import predict_videos
+
+        refuse_others(ready.kind, given)
+        return Predictions(
+            *predict_videos(
+                ready, images, skip_bad_images=skip_bad_images, clips=clips, crops=crops, batch_size=batch_size,
+                workers=workers,
+            )
+        )  # fmt: skip
+    refuse_others(ready.kind, {"clips": clips, "crops": crops})
     # Each image is read once: nothing is gained by holding it.
     image_set, skipped = load_images(images, skip_bad_images=skip_bad_images, cache="stream")
-    ready = resolve(source, weights=weights, force=force)
     if ready.dense:
         from refold.dense.predicting import predict_dense
 
@@ -79,7 +93,6 @@ def predict(
             ready, image_set.paths, output, threshold=threshold, inference=inference, short_side=short_side
         )
         return Predictions(rows, skipped)
-    given = {"output": output, "threshold": threshold, "inference": inference, "short_side": short_side}
     refuse_others(ready.kind, given)
     accelerator = start_accelerator()
     loader = evaluation_loader(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from refold.data.loader import Order, PlannedLoader
+    from refold.data.streams import StreamLoader
 
 __all__ = ["LoadedProblem", "Problem", "one_of", "training_order"]
 
@@ -34,8 +35,19 @@ class Problem(Protocol):
     select: str
     facts: dict[str, Any]
 
-    def batches(self, epoch: int, seed: int) -> Iterable[Any]:
-        """The batches of an epoch, from 0; ``seed`` is of the epoch and this process."""
+    def batches(self, epoch: int, seed: int, start: int = 0, state: dict[str, Any] | None = None) -> Iterable[Any]:
+        """The batches of an epoch, from 0.
+
+        Args:
+            epoch: which.
+            seed: of the epoch and this process.
+            start: batches to leave out, which a run that is resumed has seen.
+            state: what :meth:`state` said after them.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What going on in the middle of an epoch needs beside the number of batches: tensors and plain data."""
         ...
 
     def step(self) -> AbstractContextManager[Any]:
@@ -65,7 +77,11 @@ class LoadedProblem:
     """
 
     def __init__(
-        self, loader: PlannedLoader, train_set: Sized, val_set: Sized | None, classes: list[str] | None
+        self,
+        loader: PlannedLoader | StreamLoader,
+        train_set: Sized,
+        val_set: Sized | None,
+        classes: list[str] | None,
     ) -> None:
         self.loader = loader
         self.images, self.steps = len(train_set), len(loader)
@@ -75,18 +91,33 @@ class LoadedProblem:
             "classes": classes,
         }
 
-    def batches(self, epoch: int, seed: int) -> Iterable[Any]:
-        self.loader.set_epoch(epoch)
+    def batches(self, epoch: int, seed: int, start: int = 0, state: dict[str, Any] | None = None) -> Iterable[Any]:
+        self.loader.set_epoch(epoch, start, None if state is None else state["loader"])
         return self.loader
+
+    def state(self) -> dict[str, Any]:
+        return {"loader": self.loader.state()}
 
     def step(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
 
 def training_order(recipe: Recipe, count: int, accelerator: Accelerator) -> Order:
-    """How a loader of ``count`` training images makes this process's batches: shuffled, full ones where there are."""
+    """How a loader of ``count`` training images makes this process's batches: shuffled, full ones where there are.
+
+    Raises:
+        DataError: a step cannot be divided into ``recipe.accumulate`` equal batches.
+    """
+    parts = recipe.accumulate
+    if parts > 1 and (recipe.batch_size % (parts * accelerator.num_processes) or count < recipe.batch_size):
+        raise DataError(
+            f"a step of {recipe.batch_size} out of {count} images is not divided into {parts} equal batches on each of "
+            f"{accelerator.num_processes} processes",
+            where="accumulate",
+            remedy="Choose batch_size as a multiple of both, and of at most all images",
+        )
     return {
-        "batch_size": recipe.batch_size,
+        "batch_size": recipe.batch_size // parts,
         "shuffle": True,
         "drop_last": count >= recipe.batch_size,
         "seed": recipe.seed,

@@ -19,10 +19,10 @@ class Bars:
     def __init__(self, progress: Progress | None, run: TaskID | None, epoch: TaskID | None, epochs: int) -> None:
         self._progress, self._run, self._epoch, self._epochs = progress, run, epoch, epochs
 
-    def start_epoch(self, number: int, steps: int) -> None:
-        """Begin epoch ``number`` (from 1) of ``steps`` steps."""
+    def start_epoch(self, number: int, steps: int, done: int = 0) -> None:
+        """Begin epoch ``number`` (from 1) of ``steps`` steps, of which ``done`` are made."""
         if self._progress is not None and self._epoch is not None:
-            self._progress.reset(self._epoch, total=steps, description=f"epoch {number}/{self._epochs}")
+            self._progress.reset(self._epoch, total=steps, completed=done, description=f"epoch {number}/{self._epochs}")
 
     def step(self) -> None:
         """One optimizer step is done."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from refold.data import ImageSet
+    from refold.video import VideoSet
 
 __all__ = ["RunFolder"]
 
@@ -159,7 +160,7 @@ class RunFolder:
         write_atomically(self.path / "predictions.csv", lambda file: file.write(content))
 
     def write_thumbnails(
-        self, image_set: ImageSet, rows: list[dict[str, Any]], *, most: int = 12, size: int = 112
+        self, image_set: ImageSet | VideoSet, rows: list[dict[str, Any]], *, most: int = 12, size: int = 112
     ) -> None:
         """``thumbnails/``: the most confident mistakes and the most confident hits, ``most`` of each at most.
 
