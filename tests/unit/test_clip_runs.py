@@ -18,8 +18,10 @@ from commands import run
 from image_text import registered, write_photos
 from refold import DataError, MergeError, backbones
 from refold.backbones import Classifier, Prompts, TextClassifier
+from refold.data import Loader
 from refold.training import TrainConfig, TrainResult, evaluate, interpolate_run, train, zeroshot
 from refold.training.build import resolve
+from refold.training.evaluation import load_splits
 
 TEMPLATES = ("a photo of a {}.", "the {}")
 
@@ -217,3 +219,22 @@ def test_the_commands(place: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "has no text tower" in done.stderr
+
+
+def test_few_shots_may_start_from_class_names(place: Path) -> None:
+    """One tiny step from the zero-shot head predicts as it does."""
+    spec, output = f"open_clip/tiny/{place / 'clip.safetensors'}", place / "shots"
+    run(
+        "fewshot", str(place / "photos"), "--model", spec, "--method", "LinearProbe", "--head", "zeroshot",
+        "--template", "the {}", "--shots", "1", "--seeds", "0", "--epochs", "1", "--lr", "1e-5", "--precision", "fp32",
+        "--split", "16", "0", "16", "-o", str(output), cwd=place,
+    )  # fmt: skip
+    (row,) = json.loads((output / "results.json").read_text())["rows"]
+    (record,) = (json.loads(path.read_text()) for path in output.rglob("test-*.json"))
+    assert (record["settings"]["head"], record["settings"]["templates"]) == ("zeroshot", ["the {}"])
+    model = backbones.load(spec, head=Prompts(("cat", "dog"), ("the {}",)))
+    images = load_splits(_config(place, "unused", fractions=(16, 0, 16))).test
+    assert images is not None
+    with torch.no_grad():
+        logits = model.model(torch.cat([image for image, _ in Loader(images, model.preprocessing, batch_size=16)]))
+    assert row["accuracy"] == [pytest.approx(float((logits.argmax(1) == images.targets).float().mean()))]

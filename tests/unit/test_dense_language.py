@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torch import nn
 
 import refold
 from dense_runs import settings
+from image_text import registered
 from refold.attachment import attached_part
 from refold.data.composite import compose
 from refold.dense import load_encoder
@@ -23,7 +27,7 @@ from refold.detection import build_detector, load_boxes
 from refold.methods.lv_adapter import set_text
 from refold.preprocessing import Preprocessing
 from refold.segmentation import Segmenter, load_masks
-from refold.segmentation.pixel_text import PixelText
+from refold.segmentation.pixel_text import PixelText, text_of
 from refold.training import train
 from refold.training.config import Recipe
 from refold.training.loop import solve
@@ -110,3 +114,55 @@ def test_denseclip_learns_to_segment_a_composite(composite: Path) -> None:
     )  # fmt: skip
     solved = solve(model, make_problem(model, data, PREPROCESSING, RECIPE), RECIPE)
     assert learned(solved.history, "miou")[1] > 0.6
+
+
+@pytest.fixture
+def image_text() -> Iterator[None]:
+    yield from registered()
+
+
+DENSECLIP = "pixel_text(text='open_clip/tiny/none', decoder='fpn', width=64, context=1)"
+
+
+def test_denseclip_is_a_decoder_by_name_and_its_file_brings_the_words(
+    composite: Path, tmp_path: Path, image_text: None
+) -> None:
+    """The words are the text tower's, and a file's model has them without the tower's weights."""
+    backbone = tmp_path / "backbone.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_convnext", pretrained=False).state_dict(), backbone)
+    config = settings(
+        composite, tmp_path / "run", decoder=DENSECLIP, method=refold.RepAdapter(rank=4), epochs=1, batch_size=4
+    )
+    result = train(config)
+    words = result.model.decoder.scores.text
+    torch.manual_seed(config.seed)  # that of the model's random weights: the text tower's come after the encoder's
+    load_encoder(config.model, pretrained=False, image_size=SIDE)
+    expected = text_of("open_clip/tiny/none", ["background", "disc", "square"], pretrained=False)
+    torch.testing.assert_close(words, expected)
+    assert result.summary["decoder"] == DENSECLIP
+
+    again = train(config.replace(output=str(tmp_path / "again"), weights=str(backbone), decoder=DENSECLIP))
+    loaded = refold.from_pretrained(again.adapter, weights=backbone)
+    torch.testing.assert_close(loaded.decoder.scores.text, again.model.decoder.scores.text)
+    images = torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), again.model(images))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "error", "told"),
+    [
+        ("pixel_text", refold.DataError, "needs text, the model whose text tower"),
+        ("pixel_text(text=3)", refold.DataError, "pixel_text's text: must be a text, not 3"),
+        ("pixel_text(text='open_clip/tiny/none', decoder='upnet')", refold.BackboneError, "upnet"),
+        ("pixel_text(text='timm/test_vit')", refold.BackboneError, "no text tower"),
+        ("pixel_text(text='open_clip/other/none')", refold.BackboneError, "open_clip knows no such model"),
+        ("fpn(text='open_clip/tiny/none')", refold.DataError, "fpn has no setting 'text'"),
+    ],
+)
+def test_a_denseclip_that_cannot_be_built_is_refused(
+    composite: Path, tmp_path: Path, image_text: None, decoder: str, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        train(settings(composite, tmp_path / "run", decoder=decoder))

@@ -32,6 +32,7 @@ from refold.cli.options import (
     Force,
     Frames,
     FrameStride,
+    Head,
     HeadRate,
     ImageSize,
     LearningRate,
@@ -77,13 +78,7 @@ def train(
     decoder: Decoder = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.")] = Path("runs/train"),
     weights: Weights = None,
-    head: Annotated[
-        str,
-        typer.Option(
-            help="linear; of an open_clip model also zeroshot (starts from its text embeddings of the class names) and "
-            "text (the text tower is adapted as well, and computes them at each step)."
-        ),
-    ] = "linear",
+    head: Head = "linear",
     freeze_head: Annotated[bool, typer.Option("--freeze-head", help="Leave a zero-shot head as it is.")] = False,
     template: Templates = None,
     class_names: ClassNames = None,

@@ -39,6 +39,7 @@ __all__ = [
     "FrameStride",
     "Frames",
     "Gpus",
+    "Head",
     "HeadRate",
     "ImageSize",
     "LearningRate",
@@ -109,7 +110,8 @@ Decoder = Annotated[
     typer.Option(
         help="What is around the backbone. segment: upernet (default), fpn, dpt, segformer, linear, and for a ViT "
         "setr_naive, setr_pup, setr_mla; detect: faster_rcnn (default), cascade_rcnn, retinanet, fcos; instance: "
-        "mask_rcnn (default), cascade_mask_rcnn. With settings: 'fpn(width=64)', 'mask_rcnn(channels=64, rois=64)'."
+        "mask_rcnn (default), cascade_mask_rcnn. With settings: 'fpn(width=64)', 'mask_rcnn(channels=64, rois=64)'. "
+        "DenseCLIP: \"pixel_text(text='open_clip/NAME/PRETRAINED', decoder='fpn')\"."
     ),
 ]
 Features = Annotated[
@@ -121,6 +123,13 @@ Features = Annotated[
     ),
 ]
 Views = Annotated[int, typer.Option(help="With --features: augmented views of a training image, shown in turn.")]
+Head = Annotated[
+    str,
+    typer.Option(
+        help="linear; of an open_clip model also zeroshot (starts from its text embeddings of the class names) and "
+        "text (the text tower is adapted as well, and computes them at each step)."
+    ),
+]
 Templates = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,11 +14,13 @@ from refold.cli.options import (
     Address,
     Augment,
     BatchSize,
+    ClassNames,
     Cpus,
     Data,
     Engine,
     Epochs,
     Gpus,
+    Head,
     HeadRate,
     ImageSize,
     LearningRate,
@@ -27,6 +29,7 @@ from refold.cli.options import (
     Pretrained,
     Split,
     Target,
+    Templates,
     TestList,
     TrainList,
     ValList,
@@ -191,6 +194,9 @@ def fewshot(
     augment: Augment = "none",
     image_size: ImageSize = None,
     normalize: Normalize = "model",
+    head: Head = "linear",
+    template: Templates = None,
+    class_names: ClassNames = None,
     precision: Precision = "auto",
     pretrained: Pretrained = True,
     workers: Workers = 0,
@@ -207,6 +213,7 @@ def fewshot(
         data, model, output, published_recipe, weights=weights, train=train_list, val=val_list, test=test_list,
         target=target, fractions=split, epochs=epochs, batch_size=batch_size, lr=lr, head_lr=head_lr, augment=augment,
         image_size=image_size, normalize=normalize, precision=precision, pretrained=pretrained, workers=workers,
+        head=head, templates=tuple(template or ()) or None, class_names=class_names,
     )  # fmt: skip
     main = is_main()
     try:
@@ -255,6 +262,9 @@ def dg(
     augment: Augment = "none",
     image_size: ImageSize = None,
     normalize: Normalize = "model",
+    head: Head = "linear",
+    template: Templates = None,
+    class_names: ClassNames = None,
     precision: Precision = "auto",
     pretrained: Pretrained = True,
     workers: Workers = 0,
@@ -270,6 +280,7 @@ def dg(
         data, model, output, published_recipe, weights=weights, train=train_list, val=val_list, test=test_list,
         target=target, fractions=split, epochs=epochs, batch_size=batch_size, lr=lr, head_lr=head_lr, augment=augment,
         image_size=image_size, normalize=normalize, precision=precision, pretrained=pretrained, workers=workers,
+        head=head, templates=tuple(template or ()) or None, class_names=class_names,
     )  # fmt: skip
     main = is_main()
     try:
@@ -301,6 +312,9 @@ def suite(
     augment: Augment = "none",
     image_size: ImageSize = None,
     normalize: Normalize = "model",
+    head: Head = "linear",
+    template: Templates = None,
+    class_names: ClassNames = None,
     precision: Precision = "auto",
     pretrained: Pretrained = True,
     workers: Workers = 0,
@@ -316,7 +330,8 @@ def suite(
     config = _config(
         next(iter(sets.values())), model, output, False, weights=weights, fractions=split, epochs=epochs,
         batch_size=batch_size, lr=lr, head_lr=head_lr, augment=augment, image_size=image_size, normalize=normalize,
-        precision=precision, pretrained=pretrained, workers=workers,
+        precision=precision, pretrained=pretrained, workers=workers, head=head, templates=tuple(template or ()) or None,
+        class_names=class_names,
     )  # fmt: skip
     main = is_main()
     try:

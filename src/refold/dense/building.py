@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from refold.attachment import attach
 from refold.calls import read_call
@@ -18,21 +18,25 @@ from refold.header import Header
 from refold.inspection import describe
 from refold.methods import Method
 from refold.preprocessing import Preprocessing
-from refold.segmentation import DECODERS, Segmenter
+from refold.segmentation import DECODERS, PixelText, Segmenter
+from refold.segmentation.pixel_text import text_of, unread_text
 
 __all__ = ["BACKBONE", "TASKS", "attach_to", "build", "default_decoder", "rebuild"]
 
 #: Task -> the decoders, or kinds of detector, that it can have; the first is the default.
 TASKS: dict[str, tuple[str, ...]] = {
-    "segment": ("upernet", *(name for name in DECODERS if name != "upernet")),
+    "segment": ("upernet", *(name for name in DECODERS if name != "upernet"), "pixel_text"),
     "detect": tuple(kind for kind in KINDS if kind not in MASK_KINDS),
     "instance": MASK_KINDS,
 }
 _DETECTOR: dict[str, type] = {
     "channels": int, "hidden": int, "anchor_scale": float, "rois": int, "score_threshold": float, "detections": int,
 }  # fmt: skip
-#: Settings that a decoder's name may bring, and their kind.
-_SETTINGS: dict[str, dict[str, type]] = {"segment": {"width": int}, "detect": _DETECTOR, "instance": _DETECTOR}
+#: Settings that the name of a task's decoder may bring, and their kind; of one decoder, where it has others.
+_SETTINGS: dict[str, dict[str, type]] = {
+    "segment": {"width": int}, "detect": _DETECTOR, "instance": _DETECTOR,
+    "pixel_text": {"text": str, "decoder": str, "width": int, "context": int},
+}  # fmt: skip
 _LARGEST = 65536  # of a setting: files are not trusted
 #: Where the backbone is: the part that adapters are attached to.
 BACKBONE = {"segment": "encoder.body", "detect": "backbone.encoder.body", "instance": "backbone.encoder.body"}
@@ -46,6 +50,8 @@ def default_decoder(task: str, decoder: str | None) -> str:
     Args:
         decoder: a name, or one with settings: ``"mask_rcnn(channels=64, rois=64)"``. Of segmentation they are those of
             :class:`refold.segmentation.Segmenter`, else those of :func:`refold.detection.build_detector`.
+            ``pixel_text`` needs ``text``, the image-text model whose text tower reads the class names, and takes the
+            settings of :class:`refold.segmentation.PixelText`; its decoder is ``"fpn"`` unless named.
 
     Raises:
         DataError: an unknown task, a decoder that is not for it, or settings that it has not.
@@ -65,19 +71,36 @@ def _read(task: str, decoder: str | None) -> tuple[str, Mapping[str, Any]]:
         raise DataError(str(error), where="decoder", remedy=remedy) from error
     if name not in TASKS[task]:
         raise DataError(f"{name!r} is not for {task}", where="decoder", remedy=f"Known: {', '.join(TASKS[task])}")
-    known = _SETTINGS[task]
+    known = _SETTINGS.get(name, _SETTINGS[task])
     for key, value in settings.items():
         if key not in known:
             raise DataError(f"{name} has no setting {key!r}", where="decoder", remedy=f"Known: {', '.join(known)}")
-        kinds = (int,) if known[key] is int else (int, float)
-        if type(value) not in kinds or not 0 <= value <= _LARGEST:
-            kind = "whole number" if known[key] is int else "number"
-            raise DataError(f"must be a {kind} from 0 to {_LARGEST}, not {value!r}", where=f"{name}'s {key}")
+        _require(known[key], value, where=f"{name}'s {key}")
+    if name == "pixel_text" and "text" not in settings:
+        remedy = "Write for example pixel_text(text='open_clip/ViT-B-32/laion2b_s34b_b79k')"
+        raise DataError("needs text, the model whose text tower reads the class names", where="decoder", remedy=remedy)
     return name, settings
 
 
+def _require(kind: type, value: object, where: str) -> None:
+    if kind is str:
+        if not isinstance(value, str) or not value:
+            raise DataError(f"must be a text, not {value!r}", where=where)
+        return
+    kinds = (int,) if kind is int else (int, float)
+    if type(value) not in kinds or not 0 <= value <= _LARGEST:  # type: ignore[operator]
+        words = "whole number" if kind is int else "number"
+        raise DataError(f"must be a {words} from 0 to {_LARGEST}, not {value!r}", where=where)
+
+
 def build(
-    task: str, decoder: str, loaded: LoadedEncoder, preprocessing: Preprocessing, classes: list[str]
+    task: str,
+    decoder: str,
+    loaded: LoadedEncoder,
+    preprocessing: Preprocessing,
+    classes: list[str],
+    *,
+    words: Callable[[str, Sequence[str]], Tensor] = text_of,
 ) -> nn.Module:
     """The model of a task, its decoder or heads fresh.
 
@@ -86,11 +109,16 @@ def build(
         loaded: the encoder.
         preprocessing: of its images; the crop of segmentation, the short side of detection.
         classes: names; of detection without background.
+        words: what makes text embeddings of class names, where the decoder reads them.
 
     Raises:
         BackboneError, DataError: as those two.
     """
     name, settings = _read(task, decoder)
+    if name == "pixel_text":
+        options = {"decoder": "fpn", **settings}
+        text = words(options.pop("text"), classes)
+        return PixelText(loaded.encoder, text=text, **options)
     if task == "segment":
         return Segmenter(loaded.encoder, name, len(classes), **settings)
     side = min(preprocessing.size)
@@ -134,4 +162,4 @@ def rebuild(header: Header, weights: str | PathLike[str] | None = None) -> nn.Mo
     decoder = default_decoder(header.task, header.extra.get("decoder"))
     prep = header.preprocessing
     loaded = load_encoder(header.backbone, image_size=prep.size, in_chans=prep.channels, weights=weights)
-    return build(header.task, decoder, loaded, prep, list(header.classes))
+    return build(header.task, decoder, loaded, prep, list(header.classes), words=unread_text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +26,7 @@ from refold.detection.problem import DetectionProblem, detect, metrics_of
 from refold.errors import DataError
 from refold.preprocessing import Preprocessing
 from refold.segmentation import Inference, MaskSet, MaskSplits, evaluation_pairs, load_masks
+from refold.segmentation.pixel_text import text_of
 from refold.segmentation.problem import SegmentationProblem, confusion_of
 from refold.training.config import Recipe, TrainConfig
 from refold.training.inference import in_evaluation
@@ -208,7 +210,8 @@ def build_plain(config: TrainConfig, classes: list[str]) -> tuple[nn.Module, Loa
     preprocessing = with_normalization(loaded.preprocessing, config.normalize)
     loaded = replace(loaded, preprocessing=preprocessing)
     decoder = default_decoder(config.task, config.decoder)
-    return build(config.task, decoder, loaded, preprocessing, classes), loaded
+    words = partial(text_of, pretrained=config.pretrained)
+    return build(config.task, decoder, loaded, preprocessing, classes, words=words), loaded
 
 
 def make_problem(

@@ -26,15 +26,51 @@ from torch import Tensor, nn
 
 from refold.backbones.prompts import embed_classes
 from refold.dense import Encoder
-from refold.errors import DataError
+from refold.errors import BackboneError, DataError, MissingExtraError
 from refold.segmentation.decoders import Decoder
 from refold.segmentation.models import Segmenter
 
-__all__ = ["PixelText", "PixelTextScores", "embed_classes"]
+__all__ = ["PixelText", "PixelTextScores", "embed_classes", "text_of", "unread_text"]
 
 _WIDTH, _HEADS, _DROPOUT = 256, 4, 0.1
 _GAMMA, _TAU = 1e-4, 0.07
 _SHARPEST = math.log(100)  # of 1 / tau, as in CLIP
+
+
+def text_of(spec: str, classes: Sequence[str], *, pretrained: bool = True) -> Tensor:
+    """Text embeddings (K, C) of class names by an image-text model's text tower; ``_`` is read as a space.
+
+    Args:
+        spec: ``open_clip/NAME/PRETRAINED``.
+        pretrained: False for a tower of random weights.
+
+    Raises:
+        BackboneError: the model cannot be loaded, or has no text tower.
+        DataError: names that are no prompts.
+    """
+    from refold import backbones
+
+    loaded = backbones.load(spec, head=backbones.Prompts.of(classes), pretrained=pretrained)
+    return F.normalize(loaded.model.head.linear.weight.detach(), dim=1)  # type: ignore[union-attr, operator]
+
+
+def unread_text(spec: str, classes: Sequence[str]) -> Tensor:
+    """Something in the shape of :func:`text_of`, for a model whose embeddings come from a file.
+
+    Raises:
+        BackboneError: open_clip knows no such model.
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise MissingExtraError.of("open_clip_torch", "open_clip") from error
+
+    name = spec.removeprefix("open_clip/").partition("/")[0]
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise BackboneError("open_clip knows no such model", where=spec, remedy="See: refold models open_clip")
+    return torch.ones(len(classes), config["embed_dim"])
 
 
 class PixelTextScores(nn.Module):
