@@ -80,6 +80,12 @@ def write(name: str, rows: Iterable[dict[str, Any]], **facts: Any) -> Path:
     return path
 
 
+def remarks(page: Path) -> list[str]:
+    """What is said of a page's numbers by hand, in ``PAGE.remarks.md`` beside it, if anything is."""
+    path = page.with_suffix(".remarks.md")
+    return [path.read_text().strip()] if path.exists() else []
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -84,6 +84,7 @@ def config(data: Path | str, output: Path, method: refold.Method, lr: float, epo
         model=BACKBONE,
         method=method,
         output=str(output.relative_to(ROOT)),
+        fractions=(1.0, 0.0, 0.0),  # of the training images: nothing is chosen
         image_size=SIZE,
         epochs=epochs,
         batch_size=32,
