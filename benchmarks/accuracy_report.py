@@ -194,6 +194,7 @@ def suite_page(rows: Rows) -> str | None:
             "images and the linear probe; for each task the rate, or the scale, comes from a grid of three on its "
             f"validation images, and test is scored once with each of {len(accuracy_runs.SEEDS)} seeds. The recipe is "
             "that of [the methods' results](../methods/results.md). Raw results: `benchmarks/results/accuracy`.",
+            *common.remarks(SUITE),
             common.markdown(["method", *accuracy_data.EPOCHS, "mean"], [line for _, line in sorted(cells)[::-1]]),
         ]
     )

