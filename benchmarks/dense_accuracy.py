@@ -197,7 +197,14 @@ def report() -> None:
                 rows.append(_row(name, mine, chosen.metric))
         if rows:
             sets = f"{chosen.task}, {chosen.decoder}, {chosen.image_size} px, {chosen.epochs} epochs"
-            header = ("method", "parameters of the backbone's part", f"test {chosen.metric} %", "val %", "rate", "s, busy machine")
+            header = (
+                "method",
+                "parameters of the backbone's part",
+                f"test {chosen.metric} %",
+                "val %",
+                "rate",
+                "s (busy)",
+            )
             text.append(f"**{setting}** ({sets})\n\n{common.markdown(header, rows)}")
     choices = [r for r in records if r["method"].startswith("E3VA-")]
     if choices:
