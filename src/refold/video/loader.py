@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Unpack
 
 import torch
@@ -93,7 +94,7 @@ class ViewLoader(_Loader):
         super().__init__(clips, video_set, preprocessing, workers, {"batch_size": batch_size})
 
 
-class _Clips(Dataset[Any]):
+class _Clips(Dataset[Any], ABC):
     """Reads one batch; in a worker process, or in this one."""
 
     def __init__(self, video_set: VideoSet) -> None:
@@ -108,9 +109,9 @@ class _Clips(Dataset[Any]):
             return error
         return torch.cat(views), plan[0]
 
+    @abstractmethod
     def _read(self, index: int, sampling_seed: int, change_seed: int) -> Tensor:
         """The views of a video, (views, T, 3, H, W) uint8."""
-        raise NotImplementedError
 
 
 class _TrainingClips(_Clips):
