@@ -217,11 +217,17 @@ def norm_site(survey: Survey, branch: Branch) -> Site:
     """A site behind the norm with which a residual branch starts, the adapter reading what the norm gives.
 
     Raises:
-        SiteError: the branch starts with no norm, or its layout is not known.
+        SiteError: the branch starts with no norm or shares it with another branch, or its layout is not known.
     """
     if not _keeps_shape(survey, branch.entry):
         raise SiteError(
             "the residual branch does not start with a norm", where=branch.exit, remedy="Choose other sites"
+        )
+    if any(other.entry == branch.entry and other.inside != branch.inside for other in _all(survey)):
+        raise SiteError(
+            "another residual branch starts with this norm too, and would be changed as well",
+            where=branch.entry,
+            remedy="Use a method that acts on the branch, such as RepAdapter without an activation",
         )
     return replace(block_site(survey, branch.entry, "output"), role=branch.role)
 

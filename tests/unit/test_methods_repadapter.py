@@ -175,3 +175,29 @@ def test_adapters_after_a_projection_have_a_weighted_sum():
         if name in plain and not name.startswith("head"):
             expected = plain[name] + 0.3 * changes[0][name] - 0.5 * changes[1][name]
             torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+class Parallel(nn.Module):
+    """Two residual branches behind one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.a = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.b = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        return self.out((x + self.a(normed) + self.b(normed)).mean(1))
+
+
+@pytest.mark.parametrize("sites", ["a.0", ("a.0", "b.0")])
+def test_a_norm_that_two_branches_share_takes_no_adapter_with_an_activation(sites):
+    """It would change the branch that nobody named, or two adapters would be one."""
+    model, x = Parallel(), torch.randn(2, 5, 8)
+    before = model(x)
+    with pytest.raises(refold.SiteError, match="norm: another residual branch starts with this norm too"):
+        refold.attach(model, refold.RepAdapter(rank=4, activation="gelu", sites=sites), example=x, trainable=())
+    assert torch.equal(model(x), before)
+    refold.attach(model, refold.RepAdapter(rank=4, sites=sites), example=x, trainable=())
