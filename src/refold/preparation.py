@@ -57,11 +57,20 @@ def prepare(
     with hosting.silenced(model):
         survey = Survey(model, example, head=head, allow_new_bias=allow_new_bias)
         plan = method.plan(survey)
+    _require_apart(plan)
     elsewhere = trainable is not None and not head  # what trains is around this backbone
     _check(model, method, plan, head_parameters, strict, elsewhere)
     names = tuple(dict.fromkeys((*plan.trained, *head_parameters)))
     owned = names + _moving_statistics(model, plan, head)
     return Prepared(name, method, plan, head, owned, names, survey.example.map(lambda t: t.detach().cpu()))
+
+
+def _require_apart(plan: Plan) -> None:
+    """Raise :class:`SiteError` where two sites are one place: the second adapter would take the first one's."""
+    keys = [site.key for site in plan.sites]
+    for site in plan.sites:
+        if keys.count(site.key) > 1:
+            raise SiteError("two adapters would go to this one place", where=site.path, remedy="Choose other sites")
 
 
 def build_adapters(model: nn.Module, prepared: Prepared, device: torch.device | None = None) -> dict[str, Adapter]:
