@@ -29,8 +29,8 @@ from refold.preprocessing import Preprocessing
 from refold.segmentation import Segmenter, load_masks
 from refold.segmentation.pixel_text import PixelText, text_of
 from refold.training import train
-from refold.training.config import Recipe
 from refold.training.loop import solve
+from refold.training.recipe import Recipe
 
 SIDE, CLASSES = 64, 3  # the background among them
 PREPROCESSING = Preprocessing(size=(SIDE, SIDE))

@@ -21,7 +21,7 @@ from refold.errors import DataError, SiteError
 from refold.hosting import hooks_left
 from refold.preprocessing import Preprocessing
 from refold.segmentation import Labels, MaskLoader, MaskSet, MaskSplits, Segmenter, segmentation_loss
-from refold.training.config import Recipe
+from refold.training.recipe import Recipe
 from refold.training.run import RunFolder
 
 SIDE, RATE = 64, 1e-3

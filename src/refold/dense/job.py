@@ -28,11 +28,12 @@ from refold.preprocessing import Preprocessing
 from refold.segmentation import Inference, MaskSet, MaskSplits, evaluation_pairs, load_masks
 from refold.segmentation.pixel_text import text_of
 from refold.segmentation.problem import SegmentationProblem, confusion_of
-from refold.training.config import Recipe, TrainConfig
+from refold.training.config import TrainConfig
 from refold.training.inference import in_evaluation
 from refold.training.job import TrainResult, finish, summarize
 from refold.training.loop import solve
 from refold.training.problem import Problem
+from refold.training.recipe import Recipe
 from refold.training.run import RunFolder
 
 if TYPE_CHECKING:

@@ -35,10 +35,10 @@ from refold.preprocessing import Preprocessing
 from refold.segmentation import MaskSplits, Segmenter
 from refold.state import State, state_of
 from refold.store import save
-from refold.training.config import Recipe
 from refold.training.loop import Solved, solve
 from refold.training.metrics import lower_is_better
 from refold.training.problem import Problem
+from refold.training.recipe import Recipe
 from refold.training.run import RunFolder
 
 if TYPE_CHECKING:

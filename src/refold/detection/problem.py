@@ -17,9 +17,9 @@ from refold.detection.evaluation import average_precision, to_results
 from refold.detection.loader import BoxLoader
 from refold.detection.models import Detector
 from refold.errors import DataError
-from refold.training.config import Recipe
 from refold.training.inference import autocast, in_evaluation
 from refold.training.problem import one_of, training_order
+from refold.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

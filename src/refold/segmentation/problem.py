@@ -21,9 +21,9 @@ from refold.segmentation.loader import MaskLoader, evaluation_pairs, input_size
 from refold.segmentation.losses import segmentation_loss
 from refold.segmentation.metrics import PixelConfusion
 from refold.segmentation.models import Segmenter
-from refold.training.config import Recipe
 from refold.training.inference import autocast, in_evaluation
 from refold.training.problem import one_of, training_order
+from refold.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

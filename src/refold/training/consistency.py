@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from refold.perturbation import Noise, perturbed, require_perturbable
-from refold.training.config import Recipe
+from refold.training.recipe import Recipe
 
 __all__ = ["Consistency", "make_consistency"]
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from refold.errors import DataError
 from refold.preprocessing import Preprocessing
-from refold.training.config import Recipe
 from refold.training.consistency import make_consistency
 from refold.training.inference import Batches, autocast, compute_logits, evaluation_loader
 from refold.training.mixing import make_mixer
 from refold.training.problem import LoadedProblem, training_order
+from refold.training.recipe import Recipe
 from refold.training.tasks import Task
 
 if TYPE_CHECKING:

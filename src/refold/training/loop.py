@@ -12,12 +12,12 @@ from torch import nn
 
 from refold.preprocessing import Preprocessing
 from refold.state import require_state
-from refold.training.config import Recipe
 from refold.training.images import ImageProblem
 from refold.training.inference import start_accelerator
 from refold.training.memory import keep_freed_memory
 from refold.training.precision import flush_denormals, reduced_precision, resolve_precision
 from refold.training.problem import Problem
+from refold.training.recipe import Recipe
 from refold.training.run import RunFolder
 from refold.training.tasks import Task, make_task, plain_task
 from refold.training.trainer import Trainer

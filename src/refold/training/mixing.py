@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from refold.training.config import Recipe
+from refold.training.recipe import Recipe
 
 __all__ = ["make_mixer"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from refold.errors import DataError
-from refold.training.config import Recipe
+from refold.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

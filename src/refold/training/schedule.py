@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refold.training.config import Recipe
+from refold.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from timm.scheduler.cosine_lr import CosineLRScheduler

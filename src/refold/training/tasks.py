@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from refold.errors import DataError
 from refold.training import metrics
-from refold.training.config import Recipe
+from refold.training.recipe import Recipe
 
 __all__ = ["Classification", "MultiLabel", "Regression", "Task", "make_task", "plain_task"]
 

@@ -21,10 +21,11 @@ from refold.attachment import param_groups
 from refold.errors import DataError, RefoldError
 from refold.training.attention import attention_kernel, choose_attention
 from refold.training.checkpoint import Best, Checkpoint, Midway, check_same
-from refold.training.config import FREE_SETTINGS, Recipe
+from refold.training.config import FREE_SETTINGS
 from refold.training.metrics import lower_is_better
 from refold.training.problem import Problem
 from refold.training.progress import Bars, show_progress
+from refold.training.recipe import Recipe
 from refold.training.run import RunFolder
 from refold.training.schedule import build_optimizer, build_schedule
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from refold.data.loader import Order, PlannedLoader
 from refold.preprocessing import Preprocessing
-from refold.training.config import Recipe
 from refold.training.images import ImageProblem
 from refold.training.inference import Batches
+from refold.training.recipe import Recipe
 from refold.training.tasks import Task
 from refold.video.loader import ClipLoader, ViewLoader
 from refold.video.sampling import Sampling, Views
