@@ -120,7 +120,8 @@ def leave(wire: Wire, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if slot == "readout":
         return map_output(output, partial(_stand_in, wire))
     if slot == "again":
-        wire.run(_first(args, kwargs), partial(_again, wire, host, args, kwargs))
+        others = _map_input(args, kwargs, lambda _: None)  # whoever runs the host again would keep its input alive
+        wire.run(_first(args, kwargs), partial(_again, wire, host, *others))
         return output
     if slot == "sum":
         stream = wire.take()
@@ -161,7 +162,7 @@ def map_output(output: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _map_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], fn: Callable[[Tensor], Tensor]
+    args: tuple[Any, ...], kwargs: dict[str, Any], fn: Callable[[Tensor], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return (fn(args[0]), *args[1:]), kwargs

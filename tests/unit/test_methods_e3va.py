@@ -11,33 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import refold
-from carriers import attached, gradients, numbers, same_gradients
+from carriers import attached, gradients, numbers
+from highways import SWIN, encoder, pictures
 from reference.conv_side import gelu, linear
 from reference.ladders import layer_norm
-from refold.adapters.highway import Joint, Junction, ReadOut
-from refold.bench.measure import stored_bytes
-from refold.errors import SiteError
+from refold.adapters.highway import Joint, ReadOut
 from refold.hosting import hosted
 from zoo import build, images, perturb, relative
-
-SWIN = {"img_size": 32, "window_size": 4, "depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 2, 4)}
-
-
-def swin(**options: object) -> nn.Module:
-    return timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **SWIN, **options)
-
-
-def encoder(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = swin() if name == "swin" else timm.create_model(name, features_only=True)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model.double().eval()
-
-
-def pictures(size: int = 32, count: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def junction(x: np.ndarray, n: dict[str, np.ndarray]) -> np.ndarray:
@@ -184,132 +164,6 @@ def test_detach_brings_the_encoder_back_bit_for_bit(name):
         refold.detach(model)
         assert all(map(torch.equal, model(x), expected))
     assert list(model.state_dict()) == keys
-
-
-def test_the_backbone_keeps_nothing_for_a_backward_pass():
-    """Kept are the taps' features, codes of rank channels, and what down-sampling and norms of the state need."""
-    model = swin().eval()
-    x = images(model, count=4).float()
-
-    def kept(method: refold.Method) -> int:
-        refold.attach(model, method)
-        found = stored_bytes(lambda: torch.stack([y.square().mean() for y in model(x)]).sum(), model).activations
-        refold.detach(model)
-        return found
-
-    lean, fat, least = (kept(refold.E3VA(rank=2, recompute=what)) for what in ("inside", "nothing", "taps"))
-    full = kept(refold.FullFineTune())
-    widths = [16, 32, 64, 128]
-    tokens = [4 * (8 >> stage) ** 2 for stage in range(4)]
-    taps = sum(2 * d * n * (c + 2) for c, d, n in zip(widths, SWIN["depths"], tokens, strict=True))
-    hidden = sum(2 * d * n * (c + 2) for c, d, n in zip(widths, SWIN["depths"], tokens, strict=True))  # 2 x C / 2, U2's
-    assert lean >= 4 * taps
-    wide = sum(2 * d * n * c for c, d, n in zip(widths, SWIN["depths"], tokens, strict=True))
-    assert lean - least >= 4 * wide
-    assert least < 0.6 * lean
-    assert 0.9 * 4 * hidden < fat - lean < 1.1 * 4 * hidden
-    assert lean < 0.4 * full
-
-
-def twins(model: nn.Module, method: refold.Method) -> list[nn.Module]:
-    """The adapted model, and copies of it that recompute otherwise."""
-    attached(model, method)
-    found = []
-    for recompute in ("nothing", "inside", "taps"):
-        found.append(copy.deepcopy(model))
-        for module in found[-1].modules():
-            if isinstance(module, Junction):
-                module.recompute = recompute
-            if isinstance(module, Joint):
-                module.recompute = recompute == "taps"
-    return found
-
-
-@pytest.mark.parametrize("name", ["swin", "test_convnext", "test_vit"])
-@pytest.mark.parametrize("method", [refold.E3VA(rank=3), refold.E3VA(rank=3, start="stem", skip=False, tap="stream")])
-def test_recomputing_changes_no_gradient(name, method):
-    model, x = encoder(name), pictures({"swin": 32, "test_convnext": 64, "test_vit": 160}[name])
-    keeping, *others = twins(model, method)
-    expected = gradients(keeping, *keeping(x))
-    for twin in others:
-        same_gradients(gradients(twin, *twin(x)), expected)
-
-
-def test_the_model_runs_again_as_it_ran():
-    """Under autocast, with stochastic depth, beside a method inside the backbone, and for a second backward pass."""
-    torch.manual_seed(0)
-    model, x = timm.create_model("test_convnext", num_classes=3, drop_path_rate=0.5).train(), pictures(64, 4).float()
-    keeping, _, taps = (twin.float() for twin in twins(model, refold.E3VA(rank=3)))
-
-    def run(twin: nn.Module) -> dict[str, Tensor]:
-        torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = twin(x)
-        y.float().square().mean().backward(retain_graph=True)
-        state = torch.get_rng_state()
-        y.float().square().mean().backward()
-        assert torch.equal(torch.get_rng_state(), state)
-        return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
-
-    expected, found = run(keeping), run(taps)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0.05, atol=0.01 * float(gradient.abs().max()), msg=name)
-
-    model, x = encoder("swin"), pictures()
-    keeping, _, taps = twins(model, refold.Compose([refold.LoRA(rank=2), refold.E3VA(rank=2)]))
-    same_gradients(gradients(taps, *taps(x)), gradients(keeping, *keeping(x)))
-
-
-def test_two_forwards_before_the_backward_pass_run_again_with_their_own_images():
-    keeping, _, taps = twins(encoder("swin"), refold.E3VA(rank=3))
-    found = []
-    for twin in (keeping, taps):
-        first, second = twin(pictures()), twin(pictures(seed=1))
-        found.append(gradients(twin, *first, *second))
-    same_gradients(*found)
-
-
-def test_what_is_not_trained_gets_no_gradient_where_the_model_runs_again():
-    keeping, _, taps = twins(encoder("swin"), refold.E3VA(rank=3))
-    found = []
-    for twin in (keeping, taps):
-        junctions = [module for module in twin.modules() if isinstance(module, Junction)]
-        for junction in junctions[:3]:
-            junction.projection.requires_grad_(False)
-        found.append(gradients(twin, *twin(pictures())))
-        assert all(junction.projection.grad is None for junction in junctions[:3])
-    same_gradients(*found)
-
-
-def test_a_model_changed_before_it_runs_again_is_refused():
-    """Weights, mode, or the adapter in use: each would give other features, and so wrong gradients."""
-
-    def heavier(model: nn.Module) -> None:
-        with torch.no_grad():
-            next(p for p in model.parameters() if not p.requires_grad).mul_(2)
-
-    changes = {
-        "weights": (heavier, SiteError, "frozen weights, or modules' training mode"),
-        "mode": (lambda model: model.train(), SiteError, "frozen weights, or modules' training mode"),
-        "adapter": (lambda model: refold.activate(model, "other"), RuntimeError, "different number of tensors"),
-    }
-    for change, error, reason in changes.values():
-        model = attached(encoder("swin"), refold.E3VA(rank=3, recompute="taps"))
-        refold.attach(model, refold.LoRA(rank=2), name="other")
-        refold.activate(model, "default")
-        loss = sum(y.square().mean() for y in model(pictures()))
-        change(model)
-        with pytest.raises(error, match=reason):
-            loss.backward()
-
-
-def test_images_changed_before_the_model_runs_again_are_refused():
-    model, x = attached(encoder("swin"), refold.E3VA(rank=3, recompute="taps")), pictures()
-    loss = sum(y.square().mean() for y in model(x))
-    x.add_(1)
-    with pytest.raises(SiteError, match="changed in place before the backward pass"):
-        loss.backward()
 
 
 def test_a_classifier_reads_its_last_block_out():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,23 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from refold.adapters.ladder import Carrier
+from refold.adapters.rebuilt import History, normed, turned
 from refold.adapters.recall import Forward, Recall
 from refold.adapters.side import Layout
 
 __all__ = ["Highway", "Joint", "Junction", "Ramp", "ReadOut"]
+
+
+class _State(NamedTuple):
+    """What is handed on.
+
+    Attributes:
+        rows: h, (B, N, C); None while the model runs again for what adapters read.
+        history: how h can be made again; None where it is kept.
+    """
+
+    rows: Tensor | None
+    history: History | None = None
 
 
 class Highway(Carrier):
@@ -36,16 +49,21 @@ def _rows(x: Tensor, layout: Layout) -> Tensor:
     return layout.last(x).flatten(1, -2)
 
 
-def _like(rows: Tensor, x: Tensor, layout: Layout) -> Tensor:
-    """(B, N, C) in the layout of the features ``x``."""
-    return layout.unlast(rows.reshape(layout.last(x).shape))
+def _unrows(rows: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
+    """(B, N, C) as features again; ``shape`` is theirs, channels last."""
+    return layout.unlast(rows.reshape(shape))
 
 
 class Ramp(Highway):
     """``h = x``: the state begins as the features that enter the first block."""
 
     def forward(self, x: Tensor, layout: Layout) -> None:
-        self.keep((_rows(x, layout),))
+        rows = _rows(x, layout)
+        self.keep(_State(rows, None if rows.requires_grad else History().plus(_same, rows)))
+
+
+def _same(rows: Tensor) -> Tensor:
+    return rows
 
 
 class Junction(Highway):
@@ -112,26 +130,31 @@ class Junction(Highway):
         self._recall = None
 
     def _widen(self, codes: Tensor) -> Tensor:
-        return self.up(F.gelu(self.down[1](codes)))
+        # The sum of all that the adapters add, 48 terms on Swin-B, is not for bfloat16.
+        return self.up(F.gelu(self.down[1](codes))).to(self.projection.dtype)
+
+    def _wide(self) -> list[Tensor]:
+        """The parameters of :meth:`_widen`."""
+        return [*self.down[1].parameters(), *self.up.parameters()]
 
     def forward(self, x: Tensor, layout: Layout) -> None:
         rows, left = _rows(x, layout), self.taken()
         if self.recalled is not None:  # the model runs again in the backward pass
             gradient = self.recalled.flatten(0, 1)
             self.recalled = (gradient.T @ rows.flatten(0, 1).to(gradient.dtype)).to(self.projection.dtype)
-            self.keep((None,))
+            self.keep(_State(None))
             return
+        history = History() if left is None else left.history
         if self._recall is not None and not rows.requires_grad:
             codes = self._recall.codes(self, rows, layout.where)
+            history = None if history is None else history.plus(self._widen, codes, self._wide())
         else:
-            codes = self.down[0](rows)
+            codes, history = self.down[0](rows), None
         if self.recompute != "nothing" and codes.requires_grad:
             added = checkpoint(self._widen, codes, use_reentrant=False, preserve_rng_state=False)
         else:
             added = self._widen(codes)
-        # The sum of all that the adapters add, 48 terms on Swin-B, is not for bfloat16.
-        added = added.to(next(self.parameters()).dtype)
-        self.keep((added if left is None else left[0] + added,))
+        self.keep(_State(added if left is None else left.rows + added, history))
 
 
 class Joint(Highway):
@@ -150,17 +173,22 @@ class Joint(Highway):
     def forward(self, x: Tensor, layout: Layout) -> None:
         left, rerun = self.taken(), layout.rerun
         assert rerun is not None
+        if left is None or left.rows is None:
+            self.keep(left)
+            return
+        shape, dtype = layout.last(x).shape, x.dtype  # x itself would be kept by what runs again
 
         def passed(state: Tensor) -> Tensor:
-            return _rows(rerun(_like(state, x, layout).to(x.dtype)), layout).to(state.dtype)
+            return _rows(rerun(_unrows(state, shape, layout).to(dtype)), layout).to(state.dtype)
 
-        if left is not None and left[0] is not None:
-            (state,) = left
-            if self.recompute and state.requires_grad:
-                left = (checkpoint(passed, state, use_reentrant=False, preserve_rng_state=False),)
-            else:
-                left = (passed(state),)
-        self.keep(left)
+        state, history = left
+        if history is not None and state.requires_grad:
+            rows = turned(passed, state, history)
+        elif self.recompute and state.requires_grad:
+            rows = checkpoint(passed, state, use_reentrant=False, preserve_rng_state=False)
+        else:
+            rows = passed(state)
+        self.keep(_State(rows, None if history is None else history.through(passed)))
 
 
 class ReadOut(Highway):
@@ -179,12 +207,16 @@ class ReadOut(Highway):
         self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor | None:
-        (state,) = left = self.taken()
+        left = self.taken()
         self.keep(left)
-        if state is None:  # the model runs again for the taps
+        if left.rows is None:  # the model runs again for the taps
             return None
-        features = state + _rows(x, layout) if self.skip else state
-        return _like(self.norm(features), x, layout)
+        features = left.rows + _rows(x, layout) if self.skip else left.rows
+        if left.history is not None and features.requires_grad:
+            result = normed(features, self.norm.weight, self.norm.bias, self.norm.eps)
+        else:
+            result = self.norm(features)
+        return _unrows(result, layout.last(x).shape, layout)
 
     def compose(self, output: Tensor, added: Tensor) -> Tensor:
         return added.to(output.dtype)

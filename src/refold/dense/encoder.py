@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from refold.backbones import load
+from refold.dense.fed import Fed
 from refold.dense.sources import from_timm, from_torchvision, from_transformers
 from refold.dense.stages import Features
 from refold.errors import BackboneError, DataError
@@ -18,7 +18,7 @@ from refold.preprocessing import Preprocessing
 __all__ = ["Encoder", "LoadedEncoder", "load_encoder"]
 
 
-class Encoder(nn.Module):
+class Encoder(Fed):
     """Images (B, C, H, W) -> feature maps (B, C_k, H_k, W_k), fine to coarse, always channels first.
 
     Attributes:
@@ -30,13 +30,12 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, features: Features) -> None:
-        super().__init__()
-        self.body = features.body
+        super().__init__(features.body)
         self.channels, self.strides = features.channels, features.strides
+        self.gives = [["maps", *pair] for pair in zip(self.channels, self.strides, strict=True)]
         self.fixed_size = features.fixed_size
         self.multiple = max(features.strides)
         self._channels_last = features.channels_last
-        self._source: Callable[[Tensor], list[Tensor]] | None = None
 
     @property
     def is_pyramid(self) -> bool:
@@ -55,16 +54,7 @@ class Encoder(nn.Module):
         out = self.body(images)
         if isinstance(out, dict):  # torchvision's by name; transformers' among other fields
             out = out["feature_maps"] if "feature_maps" in out else out.values()
-        return [m.permute(0, 3, 1, 2).contiguous() if self._channels_last else m for m in out]
-
-    @contextmanager
-    def fed(self, source: Callable[[Tensor], list[Tensor]] | None) -> Iterator[None]:
-        """Inside, the maps are ``source(images)``, and the body does not run; None is the body again."""
-        before, self._source = self._source, source
-        try:
-            yield
-        finally:
-            self._source = before
+        return [m.permute(0, 3, 1, 2) if self._channels_last else m for m in out]
 
     def check_size(self, height: int, width: int) -> None:
         """Raise :class:`DataError` unless the backbone takes images of this size."""
