@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 import refold
 from refold.dense import load_encoder
 from refold.detection import KINDS, MASK_KINDS, build_detector
-from refold.detection.pyramid import ExactBoxCoder, StridedAnchors
+from refold.detection.pyramid import ExactBoxCoder, ExactP6P7, StridedAnchors
 from refold.errors import BackboneError, DataError
 from refold.preprocessing import Preprocessing
 
@@ -282,3 +282,24 @@ def test_an_encoder_of_one_size_gets_that_size() -> None:
     with torch.no_grad():
         model([torch.rand(3, 50, 50)])
     assert seen == [(1, 3, 64, 96)]
+
+
+def test_the_coarsest_levels_learn_from_numbers_in_bfloat16_too() -> None:
+    """On CPUs with AMX the weights' gradient over a map of one pixel has numbers from memory that nobody wrote."""
+    torch.manual_seed(0)
+    block = ExactP6P7(256, 256)
+    x = torch.randn(4, 256, 2, 2).bfloat16()
+    upper = torch.randn(4, 256, 1, 1)
+    found = []
+    for enabled in (False, True) * 4:
+        dirty = [torch.full((256 * 9 * 256,), float("nan")) for _ in range(3)]  # what is freed is given out again
+        del dirty
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            levels, names = block([x], [x], ["0"])
+        assert (len(levels), names) == (3, ["0", "p6", "p7"])
+        (levels[2].float() * upper).sum().backward()
+        assert block.p7.weight.grad is not None
+        found.append(block.p7.weight.grad.clone())
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0])

@@ -25,11 +25,11 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from refold.dense.encoder import Encoder
 from refold.detection.cascade import CascadeRoIHeads, mask_parts
-from refold.detection.pyramid import ExactBoxCoder, ExactLinearCoder, Pyramid, StridedAnchors, roi_align_on
+from refold.detection.pyramid import ExactBoxCoder, ExactLinearCoder, ExactP6P7, Pyramid, StridedAnchors, roi_align_on
 from refold.errors import BackboneError, DataError
 from refold.preprocessing import Preprocessing
 
@@ -162,7 +162,7 @@ def build_detector(
         encoder,
         channels,
         finest=8 if one_stage else 4,
-        extra=LastLevelP6P7(channels, channels) if one_stage else LastLevelMaxPool(),
+        extra=ExactP6P7(channels, channels) if one_stage else LastLevelMaxPool(),
         extra_levels=2 if one_stage else 1,
     )
     shared: dict[str, Any] = {

@@ -5,7 +5,9 @@ coarsest) the anchors come too close together, and RoI pooling, which looks at t
 what it inferred first, is wrong by a factor of two after a batch of images of 40 pixels. Here strides are given.
 
 Under autocast torchvision computes boxes in the dtype of the head's output. bfloat16 has 8 bits: at 800 pixels boxes
-would move by up to 2. Here anchors and decoded boxes are float32 always.
+would move by up to 2. Here anchors and decoded boxes are float32 always. So are the two coarsest levels of one-stage
+detectors: a convolution of stride 2 over a map of one pixel has a wrong gradient in bfloat16 on CPUs with AMX, numbers
+from memory that nobody wrote (seen with torch 2.15's oneDNN).
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
 
 from refold.dense.encoder import Encoder
 from refold.dense.pyramid import SimplePyramid
 from refold.errors import BackboneError
 
-__all__ = ["ExactBoxCoder", "ExactLinearCoder", "Pyramid", "StridedAnchors", "roi_align_on"]
+__all__ = ["ExactBoxCoder", "ExactLinearCoder", "ExactP6P7", "Pyramid", "StridedAnchors", "roi_align_on"]
 
 
 class Pyramid(nn.Module):
@@ -133,6 +135,15 @@ class ExactLinearCoder(BoxLinearCoder):
 
     def decode(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         return super().decode(rel_codes.float(), boxes.float())
+
+
+class ExactP6P7(LastLevelP6P7):
+    """torchvision's two extra levels, each half the size of the one before it, in float32."""
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        with torch.autocast(p[-1].device.type, enabled=False):
+            made, names = super().forward([p[-1].float()], [c[-1].float()], names)
+        return [*p, *made[1:]], names
 
 
 def roi_align_on(pyramid: Pyramid, size: int) -> MultiScaleRoIAlign:
