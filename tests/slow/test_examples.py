@@ -17,6 +17,7 @@ ARGUMENTS = {
     "segment.py": ("--epochs", "1"),
     "detect.py": ("--epochs", "1"),
     "instance.py": ("--epochs", "1", "--image-size", "64"),
+    "multitask.py": ("--epochs", "1", "--image-size", "64"),
     "video.py": ("--epochs", "1", "--image-size", "28", "--method", "RepAdapter"),
 }
 
