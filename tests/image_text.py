@@ -11,9 +11,10 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["NAMES", "TEMPLATES", "by_open_clip", "registered", "write_photos"]
+__all__ = ["NAMES", "TEMPLATES", "by_open_clip", "registered", "saved", "write_photos"]
 
 NAMES = ("cat", "dog", "red bus")
 TEMPLATES = ("a photo of a {}.", "a drawing of the {}.")
@@ -33,6 +34,15 @@ def registered() -> Iterator[None]:
         patch.setitem(factory._MODEL_CONFIGS, "tiny", CLIP)
         patch.setitem(factory._MODEL_CONFIGS, "tiny-sig", SIGLIP)
         yield
+
+
+def saved(name: str, folder: Path) -> tuple[str, Any]:
+    """A registered model with random weights: its spec, with these in ``folder``, and open_clip's own."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, pretrained=None)
+    path = folder / "clip.safetensors"
+    save_file(model.state_dict(), path)
+    return f"open_clip/{name}/{path}", model
 
 
 def by_open_clip(

@@ -127,9 +127,12 @@ def _owned_rows(model: nn.Module, record: Record) -> list[Row]:
         path = name.rpartition(".")[0]
         in_head = any(name == h or name.startswith(f"{h}.") for h in record.head)
         tensor = get_tensor(model, name)
-        by_module[path, "head" if in_head else "in place"] += 0 if tensor is None else tensor.numel()
+        # A head may be left as it is; what trained in place is frozen by a merge, and still counts.
+        trains = 0 if tensor is None or (in_head and not tensor.requires_grad) else tensor.numel()
+        by_module[path, "head" if in_head else "in place"] += trains
+    reasons = {True: "left as it is", False: "trained in the backbone's own tensors"}
     return [
-        Row(path, slot, "", 0, count, True, "trained in the backbone's own tensors", "")
+        Row(path, slot, "", 0, count, True, reasons[slot == "head" and not count], "")
         for (path, slot), count in by_module.items()
     ]
 

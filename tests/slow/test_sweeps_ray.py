@@ -9,20 +9,22 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
 from PIL import Image
 
 import refold
+import sweep_runs
 from refold.errors import DataError, RefoldError
 from refold.protocols import TASKS, run_vtab
 from refold.sweeps import RayEngine, SweepResult, predict_batches, run_sweep
 from refold.sweeps.cluster import ray_started
-from refold.training import TrainConfig, predict, train
+from refold.training import predict, train
+from sweep_runs import dark_and_bright
 
 pytest.importorskip("ray", reason="pip install 'refold[sweep]'")
 import pyarrow.parquet
@@ -53,23 +55,10 @@ def two_cores() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ray") / "photos"
-    generator = torch.Generator().manual_seed(0)
-    for name, level in (("dark", 110), ("bright", 140)):
-        (folder / name).mkdir(parents=True)
-        for index in range(20):
-            noise = 40 * torch.randn(16, 16, 3, generator=generator)
-            Image.fromarray((level + noise).clamp(0, 255).to(torch.uint8).numpy()).save(folder / name / f"{index}.png")
-    return folder
+    return dark_and_bright(tmp_path_factory.mktemp("ray") / "photos", 20)
 
 
-def settings(photos: Path, output: Path, **changes: Any) -> TrainConfig:
-    base: dict[str, Any] = {
-        "data": photos, "output": output, "model": "timm/test_vit", "pretrained": False, "image_size": 32,
-        "method": refold.RepAdapter(rank=2), "epochs": 4, "batch_size": 4, "lr": 1e-3, "precision": "fp32",
-        "attention": "default", "fractions": (24, 16, 0),
-    }  # fmt: skip
-    return TrainConfig.of(**base | changes)
+settings = partial(sweep_runs.settings, epochs=4, batch_size=4, fractions=(24, 16, 0), select=None)
 
 
 GRID = ["lr=1e-4,1e-3", "scale=1,5"]

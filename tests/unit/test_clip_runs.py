@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import refold
 from commands import run
-from image_text import registered, write_photos
+from image_text import registered, saved, write_photos
 from refold import DataError, MergeError, backbones
 from refold.backbones import Classifier, Prompts, TextClassifier
 from refold.data import Loader
@@ -33,8 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for _ in registered():
         write_photos(folder / "photos", count=16)
         write_photos(folder / "others", count=4)
-        torch.manual_seed(0)
-        save_file(open_clip.create_model("tiny", pretrained=None).state_dict(), folder / "clip.safetensors")
+        saved("tiny", folder)
         yield folder
 
 
@@ -77,9 +76,18 @@ def test_a_zero_shot_head_is_the_start_and_stays_where_it_is_frozen(place: Path,
     trained = refold.trainable_parameters(frozen.model)
     assert trained
     assert all(name.startswith("backbone.") for name in trained)
+    adapters = sum(parameter.numel() for parameter in trained.values())
     found = resolve(frozen.output).model
+    merged = copy.deepcopy(found)
+    refold.merge(merged)
+    for model in (frozen.model, found, merged):
+        told = refold.explain(model)
+        assert told.trainable == told.adapter_parameters == adapters
+        assert [(row.parameters, row.reason) for row in told.rows if row.slot == "head"] == [(0, "left as it is")]
     assert torch.equal(found.state_dict()["head.linear.weight"], start["head.linear.weight"])
     free = train(_config(place, "free", epochs=1, lr=1e-3))
+    told, head = refold.explain(free.model), free.model.get_submodule("head")
+    assert told.trainable - told.adapter_parameters == sum(parameter.numel() for parameter in head.parameters())
     moved = (free.model.state_dict()["head.linear.weight"] - start["head.linear.weight"]).abs().max()
     assert 0 < float(moved) < 0.02  # two steps of Adam at 1e-3 from there
     probe = train(_config(place, "probe", epochs=1, method=refold.LinearProbe()))
@@ -105,6 +113,17 @@ def test_a_text_towers_run_moves_the_classes_embeddings(place: Path, text: Train
     assert float((now - start).detach().abs().max()) > 0.05
     towers = {name.partition(".")[0] for name in refold.trainable_parameters(text.model)}
     assert towers == {"backbone", "text"}
+
+
+def test_predictions_of_many_images_are_made_without_the_text_tower(text: TrainResult) -> None:
+    from refold.sweeps.batches import _merged
+
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = text.model(images)
+        plain = _merged(copy.deepcopy(text.model))
+        assert isinstance(plain, Classifier)
+        torch.testing.assert_close(plain(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_resuming_knows_the_prompts(place: Path, frozen: TrainResult) -> None:

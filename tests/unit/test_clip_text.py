@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import refold
-from image_text import NAMES, TEMPLATES, by_open_clip, registered
+from image_text import NAMES, TEMPLATES, by_open_clip, registered, saved
 from refold import MergeError, SiteError, StoreError, backbones
-from refold.backbones import Classifier, CosineHead, Prompts, TextClassifier, fold_text
+from refold.backbones import Classifier, CosineHead, Prompts, TextClassifier, fixed_texts, fold_text
 from refold.inspection import description
+from refold.training.inference import compute_logits, start_accelerator
 
 PROMPTS = Prompts(NAMES, TEMPLATES, tower=True)
 TOWERS = {"both": None, "text": ("text.*.attn", "text.*.c_fc"), "image": ("backbone.*.attn", "backbone.*.c_fc")}
@@ -30,11 +30,7 @@ def _tiny() -> Any:
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-sig"])
 def clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    torch.manual_seed(0)
-    model = open_clip.create_model(request.param, pretrained=None)
-    path = tmp_path_factory.mktemp("weights") / "clip.safetensors"
-    save_file(model.state_dict(), path)
-    return f"open_clip/{request.param}/{path}", model
+    return saved(request.param, tmp_path_factory.mktemp("weights"))
 
 
 def _pair(spec: str = "open_clip/tiny") -> TextClassifier:
@@ -86,6 +82,45 @@ def test_adapters_go_to_either_tower_and_learn_there(where: str) -> None:
     assert torch.equal(model.embeddings(), words) == (where == "image")
     assert torch.equal(model.backbone(images), features) == (where == "text")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_an_evaluation_asks_the_text_tower_once_and_never_uses_what_is_old() -> None:
+    model = _moved(refold.attach(_pair(), refold.RepAdapter(rank=2, groups=1)))
+    asked: list[int] = []
+    model.get_submodule("text").register_forward_hook(lambda *_: asked.append(1))
+    batches = [(images, torch.zeros(3)) for images in torch.randn(4, 3, 3, 32, 32)]
+    accelerator = start_accelerator()
+
+    def by_hand() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([copy.deepcopy(model).eval()(images) for images, _ in batches])
+
+    first = compute_logits(model.train(), batches, 12, accelerator)
+    assert len(asked) == 1
+    torch.testing.assert_close(first, by_hand())
+    with torch.no_grad():  # in the text tower alone, and in a way that no counter of versions sees
+        for name, parameter in refold.trainable_parameters(model).items():
+            if name.startswith("text."):
+                parameter.data.mul_(-2.0)
+    asked.clear()
+    second = compute_logits(model, batches, 12, accelerator)
+    assert len(asked) == 1
+    torch.testing.assert_close(second, by_hand())
+    assert float((second - first).abs().max()) > 1e-2
+    # In training the embeddings are of each step, also inside; with gradients too, which must reach the tower.
+    asked.clear()
+    with fixed_texts(model):
+        model.train()(batches[0][0])
+        model.eval()(batches[0][0]).sum().backward()
+        with torch.no_grad():
+            model(batches[0][0])
+            model(batches[1][0])
+    assert len(asked) == 3
+    assert any(p.grad is not None for name, p in refold.trainable_parameters(model).items() if name.startswith("text."))
+    with torch.no_grad():
+        model(batches[0][0])
+        model(batches[0][0])
+    assert len(asked) == 5
 
 
 @pytest.mark.parametrize("where", TOWERS)

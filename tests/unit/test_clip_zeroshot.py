@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import refold
-from image_text import NAMES, TEMPLATES, by_open_clip, registered, write_photos
+from image_text import NAMES, TEMPLATES, by_open_clip, registered, saved, write_photos
 from refold import BackboneError, DataError, StoreError, backbones
 from refold.backbones import CosineHead, Prompts
 from refold.training import zeroshot
@@ -29,12 +29,7 @@ def _tiny() -> Any:
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-sig"])
 def clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    """Spec with weights, and open_clip's own model of these weights."""
-    torch.manual_seed(0)
-    model = open_clip.create_model(request.param, pretrained=None)
-    path = tmp_path_factory.mktemp("weights") / "clip.safetensors"
-    save_file(model.state_dict(), path)
-    return f"open_clip/{request.param}/{path}", model
+    return saved(request.param, tmp_path_factory.mktemp("weights"))
 
 
 def test_the_head_is_open_clips_own_zero_shot_classifier(clip: tuple[str, Any]) -> None:

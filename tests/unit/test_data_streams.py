@@ -17,6 +17,7 @@ from refold import DataError, Preprocessing
 from refold.data import Splits, load_dataset
 from refold.data.streams import StreamLoader, StreamSet
 from refold.training import TrainConfig, train
+from stopping import Stopped, interrupt_at
 
 datasets = pytest.importorskip("datasets")
 
@@ -292,13 +293,7 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
             list(StreamLoader(found, SIZE, batch_size=8, **options))
 
 
-class Stopped(Exception):
-    pass
-
-
 def test_a_run_on_a_stream_goes_on_in_the_middle(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refold.training import trainer
-
     config = TrainConfig(
         data=f"hf-dataset:{root}", model="timm/test_vit", pretrained=False, image_size=32, epochs=2, batch_size=4,
         method=refold.RepAdapter(rank=4, dropout=0.2), output=str(tmp_path / "whole"), precision="fp32",
@@ -306,16 +301,7 @@ def test_a_run_on_a_stream_goes_on_in_the_middle(root: Path, tmp_path: Path, mon
     )  # fmt: skip
     whole = train(config)
     assert whole.summary["images"] == {"train": 37, "val": 9, "test": 5}
-    step = trainer.Trainer._step
-    made: list[int] = []
-
-    def stop(self: Any, *args: Any) -> Tensor:
-        made.append(1)
-        if len(made) == 14:
-            raise Stopped
-        return step(self, *args)
-
-    monkeypatch.setattr(trainer.Trainer, "_step", stop)
+    made = interrupt_at(monkeypatch, 14)
     with pytest.raises(Stopped):
         train(config, output=str(tmp_path / "again"))
     resumed = train(config, output=str(tmp_path / "again"), resume=True)

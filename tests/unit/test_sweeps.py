@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 import dense_runs
@@ -23,29 +22,14 @@ from refold.sweeps.halving import halve, rungs
 from refold.sweeps.run import make_trials
 from refold.sweeps.trials import survey
 from refold.training import TrainConfig, train
+from sweep_runs import dark_and_bright, settings
 
 GRID = ["lr=1e-4,1e-2"]
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep") / "photos"
-    generator = torch.Generator().manual_seed(0)
-    for name, level in (("dark", 110), ("bright", 140)):
-        (folder / name).mkdir(parents=True)
-        for index in range(16):
-            noise = 40 * torch.randn(16, 16, 3, generator=generator)
-            Image.fromarray((level + noise).clamp(0, 255).to(torch.uint8).numpy()).save(folder / name / f"{index}.png")
-    return folder
-
-
-def settings(photos: Path, output: Path, **changes: Any) -> TrainConfig:
-    base: dict[str, Any] = {
-        "data": photos, "output": output, "model": "timm/test_vit", "pretrained": False, "image_size": 32,
-        "method": refold.RepAdapter(rank=2), "epochs": 2, "batch_size": 8, "lr": 1e-3, "precision": "fp32",
-        "attention": "default", "fractions": (16, 8, 8), "select": "loss",
-    }  # fmt: skip
-    return TrainConfig.of(**base | changes)
+    return dark_and_bright(tmp_path_factory.mktemp("sweep") / "photos", 16)
 
 
 def summary(folder: str | Path) -> dict[str, Any]:
@@ -322,6 +306,7 @@ def test_the_command_ranks_and_writes_a_command_line_that_trains_the_best(
 SAID = {
     "plain": {},
     "numbers": {"lr": 3e-4, "head_lr": 1e-2, "weight_decay": 0.0, "warmup_epochs": 0.5, "mixup": 0.8, "clip_grad": 1.0},
+    "sgd": {"optimizer": "sgd", "lr": 0.1},
     "names": {"data": "my photos", "weights": "a b.pth", "select": "f1", "class_weights": "balanced", "target": "it's"},
     "splits": {"train": "a.csv", "val": "b.csv", "test": "c.csv", "fractions": (0.5, 0.3, 0.2), "seed": 7},
     "counts": {"fractions": (40, 11, 10), "batch_size": 5, "pretrained": False, "skip_bad_images": True},
@@ -358,6 +343,24 @@ def test_a_config_is_said_in_words_that_make_it(name: str, monkeypatch: pytest.M
     assert words[:2] == ["refold", "train"]
     run(*words[1:], cwd=Path.cwd())
     assert heard == [config]
+
+
+def test_what_the_config_decides_by_itself_is_not_said() -> None:
+    plain = {"data": "photos", "model": "timm/test_vit", "method": refold.RepAdapter(scale=5), "output": "runs/a"}
+    shown = ["--model", "timm/test_vit", "--method", "RepAdapter(scale=5)"]
+    assert command_line(TrainConfig.of(**plain)) == ["refold", "train", "photos", *shown, "--output", "runs/a"]
+    # The same numbers are said where they are not what a config of that task begins with.
+    video = plain | {"task": "video", "method": refold.STAdapter(frames=8)}
+    own = TrainConfig.of(**video)
+    for config, further in (
+        (own, set()),
+        (TrainConfig.of(**video, batch_size=64), {"--batch-size"}),
+        (TrainConfig.of(**video, drop_path=0.1), {"--drop-path"}),
+        (TrainConfig.of(**plain, batch_size=own.batch_size), {"--batch-size"}),
+        (TrainConfig.of(**plain, drop_path=0.0), {"--drop-path"}),
+    ):
+        options = {word for word in command_line(config) if word.startswith("--")}
+        assert options - {"--model", "--method", "--output", "--task"} == further
 
 
 def test_what_the_command_cannot_say_is_named(photos: Path, tmp_path: Path) -> None:

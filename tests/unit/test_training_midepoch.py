@@ -18,19 +18,16 @@ from refold import Preprocessing
 from refold.data import ImageSet
 from refold.dense.shapes import shapes
 from refold.errors import DataError
-from refold.training import Recipe, RunFolder, fit, train, trainer
+from refold.training import Recipe, RunFolder, fit, train
 from refold.training.checkpoint import Checkpoint
 from refold.training.trainer import trained_tensors
+from stopping import Stopped, interrupt_at
 
 SIZE = Preprocessing(size=(32, 32))
 RECIPE = Recipe(
     epochs=3, batch_size=6, lr=5e-3, attention="default", precision="fp32", augment="light", checkpoint_every=2
 )  # fmt: skip
 METHOD = refold.RepAdapter(rank=4, dropout=0.3)
-
-
-class Stopped(Exception):
-    pass
 
 
 def image_set(count: int, seed: int = 0) -> ImageSet:
@@ -83,6 +80,7 @@ def require_same(folders: tuple[Path, Path], runs: tuple[Any, Any], models: tupl
         ({"consistency": 0.5, "consistency_noise": 0.5}, 10, 10),
         ({"workers": 1, "augment": "randaugment"}, 9, 8),
         ({"accumulate": 3}, 13, 12),
+        ({"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.01}, 12, 12),
         ({"checkpoint_every": 7}, 9, 7),  # where the end of the epoch is
     ],
 )
@@ -148,7 +146,7 @@ def test_a_setting_that_came_later_has_its_default(tmp_path: Path) -> None:
     record = torch.load(path, weights_only=True)
     assert record.pop("midway") is None
     record["format"] = 1
-    for name in ("accumulate", "checkpoint_every", "consistency"):
+    for name in ("accumulate", "checkpoint_every", "consistency", "optimizer"):
         del record["settings"][name]
     torch.save(record, path)
     with pytest.raises(DataError, match="accumulate: the run began with 1 and cannot be resumed with 2"):
@@ -236,16 +234,7 @@ def test_dense_tasks_go_on_in_the_middle(
     data = shapes(tmp_path / "data", counts=(4, 2, 2), side=64).root
     config = settings(data, tmp_path / "whole", batch_size=1, checkpoint_every=3, evaluate_test=False, **changes)
     whole = train(config)
-    step = trainer.Trainer._step
-    made: list[int] = []
-
-    def stop(self: Any, *args: Any) -> Any:
-        made.append(1)
-        if len(made) == 8:
-            raise Stopped
-        return step(self, *args)
-
-    monkeypatch.setattr(trainer.Trainer, "_step", stop)
+    made = interrupt_at(monkeypatch, 8)
     with pytest.raises(Stopped):
         train(config, output=str(tmp_path / "again"))
     resumed = train(config, output=str(tmp_path / "again"), resume=True)

@@ -67,6 +67,32 @@ def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.Monk
         assert len(decoded) <= 4 + 6
 
 
+def test_times_of_decoding_are_not_taken_for_those_of_showing(tmp_path: Path) -> None:
+    """As in box.mp4 of OpenCV's documentation: a stream with B-frames, and a container with one time a packet."""
+    import av
+
+    right, wrong = write_video(tmp_path / "right.mp4", 30, gop=10), tmp_path / "wrong.mp4"
+    with av.open(str(right)) as source, av.open(str(wrong), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux() if packet.size]
+        first = min(packet.dts or 0 for packet in packets)
+        assert any((packet.pts or 0) > (packet.dts or 0) - first for packet in packets)
+        for packet in packets:
+            packet.pts = packet.dts = (packet.dts or 0) - first
+            packet.stream = stream
+            target.mux(packet)
+    with av.open(str(wrong)) as container:
+        shown = [frame.pts for frame in container.decode(video=0)]
+    assert shown != sorted(shown)  # what the file says of its frames
+    for wanted in ([17], [29, 0, 8, 8], [3, 4, 21], list(range(30))):
+        with open_video(str(wrong)) as video:
+            assert len(video) == 30
+            assert numbers(video.read(wanted)) == wanted
+            video.check()
+    assert np.array_equal(video.clock.starts, np.arange(30))
+    assert float(video.clock.second) == pytest.approx(30, rel=0.05)
+
+
 def test_a_rotated_video_is_upright(tmp_path: Path) -> None:
     def corner(number: int, size: tuple[int, int]) -> np.ndarray:
         pixels = np.zeros((*size, 3), np.uint8)

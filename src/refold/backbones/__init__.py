@@ -8,7 +8,7 @@ from refold.backbones.loading import load
 from refold.backbones.normalization import with_normalization
 from refold.backbones.prompts import Prompts, stored_head
 from refold.backbones.request import Loaded
-from refold.backbones.text_tower import TextClassifier, fold_text
+from refold.backbones.text_tower import TextClassifier, fixed_texts, fold_text
 
 __all__ = [
     "Classifier",
@@ -17,6 +17,7 @@ __all__ = [
     "ModelRow",
     "Prompts",
     "TextClassifier",
+    "fixed_texts",
     "fold_text",
     "list_models",
     "load",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,13 +17,14 @@ from refold.backbones.prompts import average_templates
 from refold.errors import MergeError
 from refold.state import State, state_of, store_state
 
-__all__ = ["TextClassifier", "fold_text"]
+__all__ = ["TextClassifier", "fixed_texts", "fold_text"]
 
 
 class TextClassifier(nn.Module):
     """Both towers of an image-text model: images (B, C, H, W) -> logits (B, K) of the classes that prompts name.
 
-    The class embeddings are computed from ``text`` at every forward, so that adapters there learn from images.
+    The class embeddings are computed from ``text`` at every forward, so that adapters there learn from images; within
+    :func:`fixed_texts` once.
     Adapters go to both towers, or, named by path (``sites="text.*"``, ``"backbone.*"``), to one. After training and
     :func:`refold.merge`, :func:`fold_text` leaves the image tower and a fixed head. There is no head to train here.
 
@@ -45,6 +48,7 @@ class TextClassifier(nn.Module):
         self.logit_scale = nn.Parameter(logit_scale.detach().clone().reshape(()))
         bias = torch.zeros_like(self.logit_scale) if logit_bias is None else logit_bias.detach().clone().reshape(())
         self.logit_bias = nn.Parameter(bias)
+        self._fixed: list[Tensor] | None = None  # within fixed_texts: none yet, or the embeddings
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
         """None: nothing here but the towers has weights for classes."""
@@ -56,8 +60,31 @@ class TextClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = F.normalize(self.backbone(images), dim=-1)
-        cosines = F.linear(features, self.embeddings().to(features.dtype))
+        cosines = F.linear(features, self._embeddings_to_use().to(features.dtype))
         return self.logit_scale.exp() * cosines + self.logit_bias
+
+    def _embeddings_to_use(self) -> Tensor:
+        if self._fixed is None or self.training or torch.is_grad_enabled():
+            return self.embeddings()
+        if not self._fixed:
+            self._fixed.append(self.embeddings())
+        return self._fixed[0]
+
+
+@contextmanager
+def fixed_texts(model: nn.Module) -> Iterator[None]:
+    """Inside, where no weight may change, each :class:`TextClassifier` of a model computes its class embeddings once.
+
+    That holds for forwards in eval mode and without gradients; all others, and those outside, compute them anew.
+    """
+    found = [module for module in model.modules() if isinstance(module, TextClassifier)]
+    for module in found:
+        module._fixed = []
+    try:
+        yield
+    finally:
+        for module in found:
+            module._fixed = None
 
 
 @torch.no_grad()

@@ -93,8 +93,19 @@ def vtab(
     ] = False,
     prepare: Annotated[
         bool,
-        typer.Option("--prepare", help="List the images under TASK/train and TASK/test, a folder per class, and stop."),
+        typer.Option(
+            "--prepare",
+            help="Make the lists, from the sets as they are downloaded or from TASK/train and TASK/test with a folder "
+            "per class, and stop.",
+        ),
     ] = False,
+    originals: Annotated[
+        Path | None,
+        typer.Option(
+            help="For --prepare: where the downloads lie, as torchvision puts them; the root if not given.",
+            show_default=False,
+        ),
+    ] = None,
     output: Output = Path("runs/vtab"),
     weights: Weights = None,
     epochs: Annotated[int, typer.Option(help="Of each training.")] = 100,
@@ -115,16 +126,25 @@ def vtab(
     Example: refold vtab --root data/vtab-1k --method RepAdapter --seeds 0,1,2 -o runs/vtab
 
     Example: refold vtab --root data/vtab-1k --tasks cifar,dtd --method "LoRA(rank=8)" --grid lr=1e-3,1e-2
+
+    Example: refold vtab --root data/vtab-1k --prepare --originals downloads/ --tasks cifar,svhn
     """
+    from refold.errors import DataError
     from refold.protocols import TASKS, find_tasks, parse_grid, run_vtab
     from refold.protocols import prepare as make_lists
     from refold.report.protocols import vtab_grid
     from refold.training import TrainConfig
 
     names = None if tasks is None else [name.strip() for name in tasks.split(",")]
+    if originals is not None and not prepare:
+        raise DataError("is where --prepare finds the downloads", where="--originals", remedy="Add --prepare")
     if prepare:
-        for name, notes in make_lists(root, names).items():
-            console.print(f"{name}: {'; '.join(notes)}", highlight=False)
+        make_lists(
+            root,
+            names,
+            originals=originals,
+            on_task=lambda name, notes: console.print(f"{name}: {'; '.join(notes)}", highlight=False),
+        )
         console.print(f"{len(find_tasks(root, names))} tasks are ready in {root}", highlight=False)
         return
     chosen = parse_method(method)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,7 +155,7 @@ def _again(trial: Trial, output: Path) -> TrainConfig:
 
 
 def command_line(config: TrainConfig) -> list[str]:
-    """``refold train ...`` as words that make this config.
+    """``refold train ...`` as words that make this config; what it would be without is not said.
 
     Raises:
         DataError: a setting that the command has no option for.
@@ -163,7 +163,7 @@ def command_line(config: TrainConfig) -> list[str]:
     only = typer.Typer(add_completion=False)
     only.command()(adapt.train)
     command = typer.main.get_command(only)
-    words = ["refold", "train", config.data]
+    said: dict[str, list[str]] = {}
     for option in command.params:
         name = _FIELDS.get(option.name or "", option.name or "")
         if name in ("data", "resume"):
@@ -172,21 +172,34 @@ def command_line(config: TrainConfig) -> list[str]:
         if value == option.default or value is None:
             continue
         if isinstance(value, bool):
-            words.append((option.opts if value else option.secondary_opts)[0])
+            said[name] = [(option.opts if value else option.secondary_opts)[0]]
         elif option.multiple:
-            words += [word for one in value for word in (option.opts[0], one)]
+            said[name] = [word for one in value for word in (option.opts[0], one)]
         else:
-            words += [option.opts[0], *map(str, value if isinstance(value, tuple) else (value,))]
-    said = dict(command.make_context("train", words[2:]).params)
-    del said["resume"]
+            said[name] = [option.opts[0], *map(str, value if isinstance(value, tuple) else (value,))]
+
+    def words(names: Iterable[str]) -> list[str]:
+        return [config.data, *(word for name in names for word in said[name])]
+
+    def understood(names: Iterable[str]) -> dict[str, Any]:
+        options = dict(command.make_context("train", words(names)).params)
+        del options["resume"]
+        return _config(options | {"method": parse_method(options["method"])}).to_json()
+
+    wanted = config.to_json()
     try:
-        understood = _config(said | {"method": parse_method(said["method"])}).to_json()
+        heard = understood(said)
     except DataError as problem:  # a setting without an option, whose default does not go with the others
         raise _unsaid(problem.where or "", config) from problem
-    for name, value in config.to_json().items():
-        if understood[name] != value:
+    for name, value in wanted.items():
+        if heard[name] != value:
             raise _unsaid(name, config)
-    return words
+    for name in tuple(said):  # some defaults are decided by the config itself
+        rest = [other for other in said if other != name]
+        with suppress(DataError):  # the others do not go together without it
+            if understood(rest) == wanted:
+                del said[name]
+    return ["refold", "train", *words(said)]
 
 
 def _unsaid(name: str, config: TrainConfig) -> DataError:

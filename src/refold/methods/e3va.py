@@ -61,8 +61,8 @@ class E3VA(Method):
         skip: whether the backbone's own features are added where they are read out.
         tap: ``"branch"`` reads what a residual branch gives, ``"stream"`` what leaves it: stream plus branch.
         recompute: what is computed again in the backward pass instead of being kept: ``"inside"`` an adapter's own
-            parts, ``"taps"`` the features that adapters read as well, by one more forward of the model, ``"nothing"``.
-            Compiled by torch, ``"taps"`` keeps what ``"inside"`` keeps.
+            parts, ``"taps"`` the features that adapters read as well, by one more forward of the model, and the state
+            from its codes, ``"nothing"``. Compiled by torch, ``"taps"`` keeps what ``"inside"`` keeps.
         sites: roles, or paths (``*`` allowed) of residual branches that fill the state; None is attention and MLP.
 
     Raises:

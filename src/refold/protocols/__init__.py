@@ -8,7 +8,8 @@ from refold.protocols.generalization import DomainResult, load_other, run_domain
 from refold.protocols.points import Point, parse_grid, points
 from refold.protocols.robustness import RobustnessResult, examine
 from refold.protocols.suite import SuiteResult, run_suite
-from refold.protocols.vtab import TASKS, VtabTask, find_tasks, prepare
+from refold.protocols.vtab import TASKS, VtabTask, find_tasks
+from refold.protocols.vtab_prepare import prepare
 from refold.protocols.vtab_run import VtabResult, run_vtab
 
 __all__ = [

@@ -1,32 +1,29 @@
-"""VTAB-1k: its 19 tasks, their lists on disk, and how lists are made of the original sets.
+"""VTAB-1k: its 19 tasks and their lists on disk.
 
 On disk every task is a folder with the lists of NOAH's release, of lines ``relative/path class_index``:
 
     train800.txt  val200.txt  test.txt  train800val200.txt (the first two together, made of them where it is missing)
 
-:func:`prepare` draws 800 and 200 images at random, as VTAB does, from a folder per class under ``train/``, and lists
-all of ``test/``: what TFDS and torchvision export. The drawn images are its own: scores are comparable with those on
-NOAH's lists, not equal.
+:mod:`refold.protocols.vtab_prepare` makes such lists of the original sets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from refold.data import ImageSet, Splits
-from refold.data.folders import find_images, read_list
+from refold.data.folders import read_list
 from refold.data.listing import WHOLE, Listing, encode
-from refold.data.randomness import generator
 from refold.errors import DataError
 
-__all__ = ["GROUPS", "TASKS", "VtabTask", "find_tasks", "load_task", "prepare"]
+__all__ = ["GROUPS", "LISTS", "TASKS", "VtabTask", "find_tasks", "has_lists", "load_task", "require_task"]
 
 _TRAIN, _VAL, _BOTH, _TEST = "train800.txt", "val200.txt", "train800val200.txt", "test.txt"
 _COUNTS = {_TRAIN: 800, _VAL: 200, _BOTH: 1000}
+#: Files of a task: what is trained and validated on, both together, and what is tested on.
+LISTS = (_TRAIN, _VAL, _BOTH, _TEST)
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,8 @@ _ROWS = {
     "Structured": (
         ("clevr_count", 8, 15000, "Clevr count", "CLEVR v1.0, cs.stanford.edu/people/jcjohns/clevr"),
         ("clevr_dist", 6, 15000, "Clevr distance", "CLEVR v1.0, cs.stanford.edu/people/jcjohns/clevr"),
-        ("dmlab", 6, 22735, "DMLab", "DMLab, TFDS dmlab"),
-        ("kitti", 4, 711, "KITTI distance", "KITTI object detection, cvlibs.net/datasets/kitti"),
+        ("dmlab", 6, 22735, "DMLab", "DMLab, storage.googleapis.com/dmlab-vtab/dmlab.tar.gz"),
+        ("kitti", 4, 711, "KITTI distance", "KITTI objects (images, labels, devkit), cvlibs.net/datasets/kitti"),
         ("dsprites_loc", 16, 73728, "dSprites location", "dSprites, github.com/deepmind/dsprites-dataset"),
         ("dsprites_ori", 16, 73728, "dSprites orientation", "dSprites, github.com/deepmind/dsprites-dataset"),
         ("smallnorb_azi", 18, 12150, "sNORB azimuth", "small NORB, cs.nyu.edu/~ylclab/data/norb-v1.0"),
@@ -93,20 +90,17 @@ def find_tasks(root: str | Path, names: Sequence[str] | None = None) -> dict[str
     Raises:
         DataError: an unknown name; or folders or lists that are missing, with what to download.
     """
-    base, wanted = Path(root), list(TASKS) if names is None else list(names)
-    for name in wanted:
-        if name not in TASKS:
-            raise DataError("no such task of VTAB-1k", where=name, remedy=f"Known: {', '.join(TASKS)}")
+    base, wanted = Path(root), [require_task(name).name for name in (TASKS if names is None else names)]
     if not base.is_dir():
         raise DataError("there is no such folder", where=str(base))
-    missing = [name for name in TASKS if name in wanted and not _has_lists(base / name)]
+    missing = [name for name in TASKS if name in wanted and not has_lists(base / name)]
     if missing:
         sources = dict.fromkeys(TASKS[name].source for name in missing)
         raise DataError(
             f"no lists of {', '.join(missing)}",
             where=str(base),
-            remedy=f"Put NOAH's release there, or name the tasks you have; to prepare them yourself, export "
-            f"{'; '.join(sources)} to TASK/train and TASK/test with a folder per class",
+            remedy="Put NOAH's release there, or name the tasks you have; or download "
+            f"{'; '.join(sources)}, and prepare the lists (--prepare)",
         )
     return {name: base / name for name in TASKS if name in wanted}
 
@@ -139,71 +133,19 @@ def load_task(task: VtabTask, folder: Path, *, cache: str = "auto") -> tuple[Spl
     return search, Splits(images(_BOTH), None, images(_TEST), classes, "classify")
 
 
-def prepare(root: str | Path, names: Iterable[str] | None = None, *, seed: int = 0) -> dict[str, list[str]]:
-    """Write the lists of tasks whose images are in folders per class; those that have lists are left as they are.
-
-    Returns:
-        task -> what differs from VTAB's own set, of those that were written.
+def require_task(name: str) -> VtabTask:
+    """The task of that name.
 
     Raises:
-        DataError: an unknown task; one whose folder is missing, with what to download; too few images, or another
-            number of classes.
+        DataError: there is none.
     """
-    base, written = Path(root), {}
-    for name in TASKS if names is None else names:
-        if name not in TASKS:
-            raise DataError("no such task of VTAB-1k", where=name, remedy=f"Known: {', '.join(TASKS)}")
-        task, folder = TASKS[name], base / name
-        if _has_lists(folder):
-            continue
-        train, test = folder / "train", folder / "test"
-        if not train.is_dir() or not test.is_dir():
-            raise DataError(
-                "is not there", where=str(train if not train.is_dir() else test),
-                remedy=f"Export {task.source} to {folder}/train and {folder}/test, a folder per class in each",
-            )  # fmt: skip
-        written[name] = _write_lists(task, folder, seed)
-    return written
+    if name not in TASKS:
+        raise DataError("no such task of VTAB-1k", where=name, remedy=f"Known: {', '.join(TASKS)}")
+    return TASKS[name]
 
 
-def _write_lists(task: VtabTask, folder: Path, seed: int) -> list[str]:
-    found = {part: _by_class(folder, part) for part in ("train", "test")}
-    classes = sorted(found["train"])
-    if len(classes) != task.classes:
-        raise DataError(f"has {len(classes)} classes; {task.title} has {task.classes}", where=str(folder / "train"))
-    unknown = sorted(set(found["test"]) - set(classes))
-    if unknown:
-        raise DataError(f"the class {unknown[0]!r} is missing from train", where=str(folder / "test"))
-    pool = [(path, k) for k, name in enumerate(classes) for path in found["train"][name]]
-    if len(pool) < _COUNTS[_BOTH]:
-        raise DataError(f"holds {len(pool)} images; VTAB-1k draws 1000 of them", where=str(folder / "train"))
-    order = torch.randperm(len(pool), generator=generator(seed, 0, f"vtab {task.name}")).tolist()
-    test = [(path, classes.index(name)) for name in sorted(found["test"]) for path in found["test"][name]]
-    parts = {
-        _TRAIN: [pool[k] for k in order[:800]],
-        _VAL: [pool[k] for k in order[800:1000]],
-        _BOTH: [pool[k] for k in order[:1000]],
-        _TEST: test,
-    }
-    for name, rows in parts.items():
-        lines = (f"{Path(path).relative_to(folder).as_posix()} {label}\n" for path, label in rows)
-        (folder / name).write_text("".join(lines), encoding="utf-8")
-    notes = [f"800 and 200 images drawn with seed {seed}, not those of NOAH's lists"]
-    if len(test) != task.test:
-        notes.append(f"{len(test):,} test images, not {task.test:,}")
-    return notes
-
-
-def _by_class(folder: Path, part: str) -> dict[str, list[str]]:
-    folders = sorted(entry for entry in (folder / part).iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = {entry.name: find_images(entry) for entry in folders}
-    for name, images in found.items():
-        if not images:
-            raise DataError("the class folder holds no image", where=str(folder / part / name))
-    return found
-
-
-def _has_lists(folder: Path) -> bool:
+def has_lists(folder: Path) -> bool:
+    """Whether a task can be loaded from there."""
     return all((folder / name).is_file() for name in (_TRAIN, _VAL, _TEST))
 
 

@@ -129,10 +129,13 @@ def predict_batches(
 
 
 def _merged(model: torch.nn.Module) -> torch.nn.Module:
-    """On the CPU, in eval mode, with the adapter folded in if it can be."""
+    """On the CPU, in eval mode, with the adapter folded in if it can be, and then a text tower too."""
+    from refold.backbones import fold_text
+
     model = model.cpu().eval()
     if require_state(model, "predict").record().method.mergeable:
         refold.merge(model, keep_base=False)
+        model = fold_text(model)
     return model
 
 

@@ -108,11 +108,15 @@ def build_attached(config: TrainConfig, kind: str, classes: list[str] | None) ->
     refold.describe(model, backbone=spec, classes=classes, preprocessing=preprocessing, task=kind)
     if prompts is not None:
         refold.describe(model, prompts=prompts.to_json())
+    _freeze_head(model, config)
+    if config.freeze_head and not trainable_parameters(model):
+        raise DataError("leaves nothing to train", where="freeze_head", remedy="Choose a method with adapters")
+    return model, preprocessing
+
+
+def _freeze_head(model: nn.Module, config: TrainConfig) -> None:
     if config.freeze_head:
         model.get_submodule("head").requires_grad_(False)
-        if not trainable_parameters(model):
-            raise DataError("leaves nothing to train", where="freeze_head", remedy="Choose a method with adapters")
-    return model, preprocessing
 
 
 def _prompts(config: TrainConfig, kind: str, classes: list[str] | None) -> Prompts | None:
@@ -174,6 +178,7 @@ def resolve(source: nn.Module | str | Path, *, weights: str | Path | None = None
             model = refold.from_pretrained(file, weights=weights or config.weights, force=force)
         else:
             model = refold.load(_random(config, read_header(file)), file, force=force)
+        _freeze_head(model, config)
     else:
         model = refold.from_pretrained(source, weights=weights, force=force)
     info = description(model.get_submodule(attached_part(model)))

@@ -3,7 +3,8 @@
 A video is read in two steps. All its packets are looked at, which needs no decoding: they say when each frame is shown
 and which frames decoding can begin at, whether or not the container knows how many there are. Then the reader seeks to
 the last such frame before one that is wanted, unless it is past that already, and decodes from there. Files whose
-packets do not tell (raw streams, AVI) are decoded from the beginning.
+packets do not tell (raw streams, AVI) are decoded from the beginning, and so are those whose packets tell wrong: of a
+stream that is not shown in the order of its decoding, as if it were.
 
 * Any pixel format becomes RGB; a rotation that the file asks players for is applied; frames of another size than the
   first (streams may change it) are scaled to that.
@@ -79,6 +80,8 @@ class Video:
         self._container, self._stream = container, _stream(container)
         shown, end = self._look_at_packets()
         timed = container.format.name not in _UNTIMED and all(packet.time is not None for packet in shown)
+        if self._stream.codec_context.has_b_frames and all(packet.time == packet.decoded for packet in shown):
+            timed = False  # some muxers write the times of decoding as those of showing
         shown.sort(key=lambda packet: packet.time or 0)
         self._times = np.array([packet.time for packet in shown] if timed else [], dtype=np.int64)
         self._keys = np.array([number for number, packet in enumerate(shown) if packet.key])
@@ -129,7 +132,7 @@ class Video:
             if packet.is_corrupt:
                 raise DataError("a part of the video is damaged or missing")
             if not packet.is_discard:
-                shown.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe))
+                shown.append(_Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe))
         return shown, end
 
     def _find(self, wanted: list[int]) -> Iterator[np.ndarray]:
@@ -202,9 +205,13 @@ class Video:
 
 
 class _Packet(NamedTuple):
-    """What a packet says about its frame, in ticks; ``key`` is whether decoding can begin with it."""
+    """When a packet says that its frame is shown and decoded, and for how long, in ticks.
+
+    ``key`` is whether decoding can begin with it.
+    """
 
     time: int | None
+    decoded: int | None
     duration: int
     key: bool
 
