@@ -171,13 +171,61 @@ def test_killed_and_resumed(images: Path, tmp_path: Path) -> None:
             assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-def test_sharded_parameters_are_refused(images: Path, tmp_path: Path) -> None:
-    """In every process, and before any work: adapters are trained beside a whole backbone."""
-    folder = write(tmp_path, images)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
+# -- FSDP2 ------------------------------------------------------------------------------------------------------
+
+BLOCKS = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "Block"]
+
+
+def launch(options: list[str], folder: Path, output: Path, kill_at: int = 0, fails: bool = False) -> str:
+    """``accelerate launch`` with FSDP on two processes."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", *options]
     launcher += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    said = run(*launcher, "--main_process_port", "0", *command(folder, folder / "run"), fails=True)
-    assert "refold.train keeps the whole backbone on every process" in said
+    return run(
+        *launcher, "--main_process_port", "0", *command(folder, output, kill_at), fails=fails or kill_at > 0
+    )  # fmt: skip
+
+
+SHARDED = {
+    "whole": ([], {}),
+    "blocks": (BLOCKS, {}),
+    "bf16, accumulated": (BLOCKS, {"precision": "bf16", "accumulate": 2, "optimizer": "sgd", "lr": 0.01}),
+    "two passes": (BLOCKS, {"consistency": 0.5, "consistency_noise": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_weights_train_like_whole_ones(images: Path, alone: Path, tmp_path: Path, case: str) -> None:
+    """To the bit what two processes compute without FSDP2, and what one process computes up to averages."""
+    options, changes = SHARDED[case]
+    folder = write(tmp_path, images, **changes)
+    torchrun(2, folder, folder / "ddp")
+    launch(["--fsdp_version", "2", *options], folder, folder / "fsdp")
+    assert found(folder / "fsdp", 2) == found(folder / "ddp", 2)
+    for name in ("adapter.safetensors", "predictions.csv"):
+        assert (folder / "fsdp" / name).read_bytes() == (folder / "ddp" / name).read_bytes()
+    assert len(list((folder / "fsdp").rglob("*.safetensors"))) == 1
+    if not changes:
+        require_close(alone, folder / "fsdp", 2)
+
+
+def test_a_sharded_run_is_resumed_with_and_without_sharding(images: Path, tmp_path: Path) -> None:
+    """Killed in an epoch twice: it goes on without FSDP2, then with it again, and ends as if nothing had been."""
+    folder = write(tmp_path, images, method=refold.RepAdapter(rank=4, dropout=0.3), checkpoint_every=2)
+    two = ["--fsdp_version", "2", *BLOCKS]
+    launch(two, folder, folder / "whole")
+    launch(two, folder, folder / "killed", kill_at=4)  # three steps are made, two are kept
+    torchrun(2, folder, folder / "killed", kill_at=6)  # five more are made; the epoch's five and two are kept
+    launch(two, folder, folder / "killed")
+    assert found(folder / "killed", 2) == found(folder / "whole", 2)
+    for name in ("adapter.safetensors", "predictions.csv"):
+        assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+def test_fsdp1_is_refused(images: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path, images)
+    said = launch([], folder, folder / "run", fails=True)
+    assert "FSDP1 is not supported" in said
+    assert "Add --fsdp_version 2" in said
     assert not (folder / "run").exists()
 
 

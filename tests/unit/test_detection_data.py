@@ -284,7 +284,7 @@ def test_broken_voc_files_are_one_clear_error(tmp_path: Path) -> None:
     lists(tmp_path, train="a b")
     with pytest.raises(DataError, match=r"train.txt, entry 2: there is no '.*b.xml'"):
         read_voc(tmp_path, "train")
-    with pytest.raises(DataError, match="no masks"):
+    with pytest.raises(DataError, match="has no folder SegmentationObject, and so no mask for each object"):
         load_boxes(tmp_path, masks=True)
     (tmp_path / "JPEGImages" / "a.jpg").unlink()
     with pytest.raises(DataError, match=r"a.xml: there is no image '.*a.jpg'"):

@@ -33,6 +33,8 @@ def test_a_batch_is_as_large_as_the_task_allows_unless_told(task, size):
         ("epochs", 0),
         ("epochs", 2.5),
         ("batch_size", True),
+        ("optimizer", "lars"),
+        ("optimizer", None),
         ("lr", 0.0),
         ("lr", float("nan")),
         ("lr", "1e-3"),
@@ -92,9 +94,20 @@ def test_consistency_needs_a_weight_and_a_noise(settings: dict[str, float], fiel
 
 def test_json_round_trip_keeps_every_field() -> None:
     original = config(
-        method=refold.LoRA(rank=2, sites=("attention",)), fractions=(800, 200, 0.0), lr=3e-4, clip_grad=1.0, mixup=0.2
+        method=refold.LoRA(rank=2, sites=("attention",)),
+        fractions=(800, 200, 0.0),
+        lr=3e-4,
+        clip_grad=1.0,
+        mixup=0.2,
+        optimizer="sgd",
     )
     assert TrainConfig.from_json(json.loads(json.dumps(original.to_json()))) == original
+
+
+def test_configs_from_before_there_was_a_choice_are_of_adamw() -> None:
+    data = config(optimizer="sgd").to_json()
+    del data["optimizer"]
+    assert TrainConfig.from_json(data).optimizer == "adamw"
 
 
 def test_unknown_and_missing_settings_are_named() -> None:
@@ -119,6 +132,33 @@ def test_a_folder_without_a_config_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(("epochs", "warmup", "steps"), [(100, None, 150), (8, None, 12), (1, None, 2), (4, 1.5, 22)])
 def test_warm_up_is_a_tenth_unless_set(epochs: int, warmup: float | None, steps: int) -> None:
     assert Recipe(epochs=epochs, warmup_epochs=warmup).warmup_steps(15) == steps
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_optimizer_follows_its_formula(name: str) -> None:
+    """Five steps in float64, two groups with rates and decays of their own."""
+    torch.manual_seed(0)
+    starts = [torch.randn(3, 2, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
+    settings = [{"lr": 0.1, "weight_decay": 0.02}, {"lr": 0.03, "weight_decay": 0.0}]
+    trained = [start.clone().requires_grad_(True) for start in starts]
+    optimizer = build_optimizer([{"params": [t], **s} for t, s in zip(trained, settings, strict=True)], name)
+    gradients = [[torch.randn_like(start) for start in starts] for _ in range(5)]
+    for step in gradients:
+        for tensor, gradient in zip(trained, step, strict=True):
+            tensor.grad = gradient.clone()
+        optimizer.step()
+    for k, (start, group) in enumerate(zip(starts, settings, strict=True)):
+        w, lr, decay = start.clone(), group["lr"], group["weight_decay"]
+        momentum, square = torch.zeros_like(w), torch.zeros_like(w)
+        for t, step in enumerate(gradients, start=1):
+            if name == "sgd":
+                momentum = 0.9 * momentum + step[k] + decay * w
+                w = w - lr * momentum
+            else:
+                momentum, square = 0.9 * momentum + 0.1 * step[k], 0.999 * square + 0.001 * step[k] ** 2
+                w = w - lr * decay * w
+                w = w - lr * (momentum / (1 - 0.9**t)) / ((square / (1 - 0.999**t)).sqrt() + 1e-8)
+        torch.testing.assert_close(trained[k].detach(), w, rtol=1e-12, atol=1e-12)
 
 
 def test_schedule_is_linear_then_cosine_in_each_group() -> None:

@@ -44,6 +44,7 @@ __all__ = [
     "ImageSize",
     "LearningRate",
     "Model",
+    "Optimizer",
     "Precision",
     "Pretrained",
     "Resume",
@@ -93,7 +94,7 @@ Data = Annotated[
         "'train-{0000..0099}.tar'), a streamed Hugging Face data set (hf-dataset:NAME), or packaged/elpv, "
         "packaged/textile. With "
         "--task segment a folder of images and masks (images/ and masks/, ADE20K, VOC, Cityscapes); with detect and "
-        "instance a COCO file or folder, or VOC XML. To try: packaged/shapes, packaged/nuclei, packaged/trees. With "
+        "instance a COCO file or folder, or VOC. To try: packaged/shapes, packaged/nuclei, packaged/trees. With "
         "--task video a folder of videos: a folder per class, Kinetics, Something-Something v2, HMDB51, or lists.",
         metavar="DATA",
     ),
@@ -117,8 +118,9 @@ Decoder = Annotated[
 Features = Annotated[
     str | None,
     typer.Option(
-        help="Dense tasks with E3VA, LST or LinearProbe: compute what the frozen backbone gives once, and keep it in "
-        "'memory' or a folder, which later runs take up again.",
+        help="With E3VA, LST or LinearProbe, on images: compute what the frozen backbone gives once, and keep it in "
+        "'memory' or a folder, which later runs take up again. Whole images: '--features features/ --augment light "
+        "--views 4'.",
         metavar="memory|FOLDER",
     ),
 ]
@@ -184,6 +186,7 @@ CheckpointEvery = Annotated[
     int | None,
     typer.Option(help="Steps between two checkpoints, from which --resume goes on; at ends of epochs if not given."),
 ]
+Optimizer = Annotated[str, typer.Option(help="adamw, or sgd with momentum 0.9, for example with --lr 0.1.")]
 LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate of the adapter.")]
 HeadRate = Annotated[float | None, typer.Option("--head-lr", help="Peak rate of the head; as --lr if not given.")]
 Augment = Annotated[

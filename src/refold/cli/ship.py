@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -85,25 +85,39 @@ def export(
             "--preprocessing", help="Bake scaling and normalisation in (not for weights); the input is uint8."
         ),
     ] = False,
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            help="Of a detector in ONNX: height and width of the images it is for, for example 480 640; the side it "
+            "was trained at if not given.",
+            show_default=False,
+        ),
+    ] = None,
     weights: Weights = None,
     force: Force = False,
 ) -> None:
     """Write an adapted model for deployment, checked; merged where its method merges, else with the adapters inside.
 
+    A detector in ONNX takes one image of one size, (3, H, W) in [0, 1], and gives boxes, labels, scores and masks.
+
     Example: refold export runs/cells --output cells.onnx --preprocessing
     """
     from refold.backbones import fold_text
-    from refold.export import export_onnx, export_program, export_weights
+    from refold.detection import Detector
+    from refold.export import export_detector, export_onnx, export_program, export_weights
     from refold.training import resolve
 
     ready = resolve(adapter, weights=weights, force=force)
     model, prepared = ready.model, ready.preprocessing
-    if ready.kind in ("detect", "instance") and format is not Format.WEIGHTS:
+    detects = ready.kind in ("detect", "instance")
+    if detects and format is Format.PROGRAM:
         raise RefoldError(
-            f"a detector takes a list of images and returns lists of objects, which --format {format} has no form for",
+            "a detector takes a list of images and returns lists of objects, which --format program has no form for",
             where=adapter,
-            remedy="Use --format weights",
+            remedy="Use --format onnx or --format weights",
         )
+    if size is not None and not (detects and format is Format.ONNX):
+        raise RefoldError("is for detectors in ONNX only", where="--size", remedy="Leave it out")
     if require_state(ready.backbone, "export").record().method.mergeable:
         refold.merge(ready.backbone)
         model = fold_text(model)
@@ -111,9 +125,12 @@ def export(
         raise MergeError(
             "its adapters stay beside the backbone, whose plain weights would leave them out",
             where=adapter,
-            remedy="Use --format onnx or --format program" if ready.kind not in ("detect", "instance") else None,
+            remedy="Use --format onnx" if detects else "Use --format onnx or --format program",
         )
-    if format is Format.ONNX:
+    if detects and format is Format.ONNX:
+        detector = cast(Detector, model)
+        result = export_detector(detector, output, preprocessing=prepared, size=size, with_preprocessing=preprocessing)
+    elif format is Format.ONNX:
         result = export_onnx(model, output, preprocessing=prepared, with_preprocessing=preprocessing)
     elif format is Format.PROGRAM:
         result = export_program(model, output, preprocessing=prepared, with_preprocessing=preprocessing)

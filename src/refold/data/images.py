@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-__all__ = ["CACHES", "ImageSet", "Members", "Task", "Virtual", "free_memory", "open_image", "pick", "render_all"]
+__all__ = [
+    "CACHES",
+    "ImageSet",
+    "Members",
+    "Task",
+    "Virtual",
+    "content_of",
+    "free_memory",
+    "open_image",
+    "pick",
+    "render_all",
+]
 
 Task = Literal["classify", "multilabel", "regress"]
 
@@ -173,6 +184,16 @@ class ImageSet:
             self._held[rendering] = self._render(range(len(self)), rendering), torch.arange(len(self))
         return rendering in self._held
 
+    def content(self, index: int) -> bytes:
+        """What the image is made of, and told from others by: its file, or its pixels where there is none.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        if self._decoded is None:
+            return content_of(self.paths, index)
+        return self._decoded[int(self._rows[index])].tobytes()
+
     def undecodable(self) -> dict[int, str]:
         """Index and reason of every image that cannot be decoded; all are opened now."""
         bad: dict[int, str] = {}
@@ -230,6 +251,20 @@ class ImageSet:
 def pick(paths: Sequence[str], indices: Sequence[int]) -> Sequence[str]:
     """The image files at ``indices``."""
     return paths.pick(indices) if isinstance(paths, Members) else [paths[i] for i in indices]
+
+
+def content_of(paths: Sequence[str], index: int) -> bytes:
+    """The file of one of several images.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if isinstance(paths, Members):
+        return paths.read(index)
+    try:
+        return Path(paths[index]).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=paths[index]) from error
 
 
 def open_image(paths: Sequence[str], index: int, channels: int) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Required, TypedDict, Unpack
 
@@ -99,7 +99,11 @@ class PlannedLoader(ABC):
             DataError: a negative epoch.
         """
         generator(self._plans.seed, epoch, "order")  # complains about bad numbers now
-        self._plans.epoch, self._plans.start = epoch, start
+        self._plans.epoch, self._plans.start, self._plans.spared = epoch, start, frozenset()
+
+    def spare(self, batches: Iterable[int]) -> None:
+        """Leave these out of the coming epoch as well, counted from the first that it would have."""
+        self._plans.spared = frozenset(batches)
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self._loader)
@@ -184,6 +188,7 @@ class Plans(Sampler[Plan]):
     views: int | None = None
     epoch: int = 0
     start: int = 0
+    spared: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
@@ -224,8 +229,9 @@ class Plans(Sampler[Plan]):
         order = order[torch.arange(self.total) % self.count]
         source = generator(self.seed, self.view, "augmentation")
         draws = torch.rand(self.count, self.columns, dtype=torch.float64, generator=source)
-        for indices in order[self.rank :: self.world].split(self.batch_size // self.world)[self.start :]:
-            if len(indices):
+        batches = order[self.rank :: self.world].split(self.batch_size // self.world)[self.start :]
+        for number, indices in enumerate(batches):
+            if len(indices) and number not in self.spared:
                 yield indices, draws[indices]
 
 

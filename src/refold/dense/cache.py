@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refold.dense.encoder import Encoder
+from refold.data.images import content_of
+from refold.dense.fed import Fed
 from refold.dense.records import Estimate, Records
 from refold.dense.replay import Replay, precision_of
 from refold.errors import DataError
 from refold.fingerprint import body_tensors, compare, fingerprint
 from refold.hosting import adapter_parameters, hosted
 
-__all__ = ["CachedEncoder", "Estimate", "Key", "estimate", "identify"]
+__all__ = ["CachedEncoder", "Estimate", "Key", "digest", "estimate", "identify"]
 
 Key = tuple[int, int]  # image and view, from 0
 #: Numbers of each tensor of a forward that are compared, and how far they may be from each other on another machine.
@@ -36,7 +37,7 @@ _SAMPLES, _TOLERANCE = 64, 0.05
 
 
 def estimate(
-    encoder: Encoder, sizes: Iterable[tuple[int, int]], *, views: int | Sequence[int] = 1, dtype: str = "bfloat16"
+    encoder: Fed, sizes: Iterable[tuple[int, int]], *, views: int | Sequence[int] = 1, dtype: str = "bfloat16"
 ) -> Estimate:
     """What a cache of images of these ``sizes`` (height, width) would take; nothing is written.
 
@@ -57,19 +58,20 @@ def identify(paths: Iterable[str | Path]) -> list[str]:
     Raises:
         DataError: a file cannot be read.
     """
-    found = []
-    for path in paths:
-        try:
-            found.append(hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest())
-        except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from error
-    return found
+    names = [str(path) for path in paths]
+    return [digest(content_of(names, k)) for k in range(len(names))]
+
+
+def digest(content: bytes) -> str:
+    """What tells images of this content from others."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 class CachedEncoder:
     """An encoder whose backbone sees every view of every image once.
 
-    Used around each forward of the model that the encoder is in, a segmenter or detector, in training mode or not::
+    Used around each forward of the model that the encoder is in, a segmenter, a detector or
+    :class:`refold.dense.halves.Halves` of a classifier, in training mode or not::
 
         with cached.serving([(image, view), ...]):
             outputs = model(images)
@@ -78,8 +80,8 @@ class CachedEncoder:
     backbone in training mode (DropPath, dropout) is off, as in evaluation.
 
     Args:
-        encoder: its body is frozen, and carries E3VA, LST or nothing. On the device of the training, and under its
-            autocast.
+        encoder: its body is frozen but for what is behind the maps, and carries E3VA, LST or nothing. On the device of
+            the training, and under its autocast.
         images: what tells each image apart, see :func:`identify`.
         sizes: (height, width) of each as the encoder sees it: resized, augmented and padded. All views have it.
         views: how many an image has; a number for all, or one for each.
@@ -99,7 +101,7 @@ class CachedEncoder:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Fed,
         images: Sequence[str],
         sizes: Sequence[tuple[int, int]],
         *,
@@ -120,7 +122,7 @@ class CachedEncoder:
             self._records = Records(lengths, dtype)
         else:
             header = {
-                "backbone": _backbone(encoder.body),
+                "backbone": _backbone(encoder),
                 "forward": _samples(self._replay, self._sizes[0]),
                 "precision": self._precision,
                 "reads": self._replay.reads,
@@ -130,9 +132,9 @@ class CachedEncoder:
                 "sizes": self._sizes,
                 "images": list(images),
             }
-            self._records = Records(lengths, dtype, self.folder, header, partial(_difference, _tensors(encoder.body)))
+            self._records = Records(lengths, dtype, self.folder, header, partial(_difference, _tensors(encoder)))
         self.estimate = self._records.estimate
-        self._frozen = [p for p in encoder.body.parameters() if not p.requires_grad]
+        self._frozen = list(_tensors(encoder).values())
         self._marks: list[tuple[int, int]] | None = None  # of those, at the first forward
 
     @contextmanager
@@ -240,19 +242,22 @@ def _name(key: Key) -> str:
     return f"image {key[0]}, view {key[1]}"
 
 
-def _backbone(body: nn.Module) -> dict[str, Any]:
-    """A fingerprint, which can name what differs, and a hash of every bit but the adapters'."""
-    ours = {id(t) for slot in hosted(body).values() for t in (*slot.parameters(), *slot.buffers())}
+def _backbone(encoder: Fed) -> dict[str, Any]:
+    """A fingerprint, which can name what differs, and a hash of every bit but of the adapters and behind the maps."""
+    body = encoder.body
+    apart: list[nn.Module] = [*hosted(body).values(), *map(body.get_submodule, encoder.behind)]
+    ours = {id(t) for module in apart for t in (*module.parameters(), *module.buffers())}
     bits = hashlib.blake2b(digest_size=16)
     for name, tensor in body.state_dict(keep_vars=True).items():
         if id(tensor) not in ours:
             bits.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             bits.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return {**fingerprint(_tensors(body)), "bits": bits.hexdigest()}
+    return {**fingerprint(_tensors(encoder)), "bits": bits.hexdigest()}
 
 
-def _tensors(body: nn.Module) -> dict[str, Tensor]:
-    return body_tensors(body, (), {}, adapter_parameters(body))
+def _tensors(encoder: Fed) -> dict[str, Tensor]:
+    """The backbone's own parameters."""
+    return body_tensors(encoder.body, encoder.behind, {}, adapter_parameters(encoder.body))
 
 
 def _samples(replay: Replay, size: tuple[int, int]) -> list[list[float]]:
@@ -265,10 +270,12 @@ def _samples(replay: Replay, size: tuple[int, int]) -> list[list[float]]:
 
 
 def _difference(tensors: dict[str, Tensor], found: dict[str, Any], header: dict[str, Any]) -> str | None:
+    if found["precision"] != header["precision"]:  # in bfloat16 the backbone's weights are held in it, too
+        return f"precision {found['precision']}, not {header['precision']}"
     if found["backbone"] != header["backbone"]:
         named = compare(found["backbone"], tensors)
         return f"the backbone, {named or 'whose weights differ a little'}"
-    for name in ("precision", "reads", "dtype"):
+    for name in ("reads", "dtype"):
         if found[name] != header[name]:
             return f"{name} {found[name]}, not {header[name]}"
     for name in sorted({*found["pixels"], *header["pixels"]}):

@@ -133,8 +133,8 @@ def train_dense(
         task=task, selected_by=config.select or ("miou" if task == "segment" else "ap"),
     )  # fmt: skip
     summary["decoder"] = default_decoder(task, config.decoder)
-    if features is not None and features.cached is not None:
-        summary["features"] = {"kept": config.features, "bytes": features.cached.estimate.total}
+    if features is not None:
+        summary["features"] = features.facts
     return finish(folder, accelerator, model, solved, scored, preprocessing, summary, [])
 
 

@@ -3,7 +3,8 @@
 E3VA's highway and LST's side network read the backbone and give nothing back before a map is read out, so their
 adapters can run on what they read without the backbone around them. Hooks on the adapters note, in one forward, what
 each is given and in which order; a replay calls them in this order with the same. What the body makes of what is read
-out is not run either: it must be the layout alone, or one frozen LayerNorm and the layout. All this is proved for every
+out must be the layout alone, or one frozen LayerNorm and the layout; or, of the last result, frozen modules in a row
+with no more than layouts and pooling between them, as in front of a classifier's head. All this is proved for every
 image size, with random adapters, before it is used. Maps that no adapter changes are kept themselves: all of them
 without adapters (a linear probe), those of the early stages with LST.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -23,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from refold.adapters import Layout
 from refold.adapters.ladder import Carrier
-from refold.dense.encoder import Encoder
+from refold.dense.fed import Fed
+from refold.dense.tails import Call, Tail, calls_behind, find_tail
 from refold.errors import SiteError
 from refold.hosting import hosted
 from refold.probe import example_input, tensors_of
@@ -38,7 +39,6 @@ from refold.wires import Wire
 __all__ = ["Replay", "Tap", "precision_of"]
 
 _NOISE = 0.1  # standard deviation of what proofs add to the adapters, of which some start as nothing
-_ROUNDINGS = 8  # times the machine's precision: a replay does the same operations
 
 
 @dataclass(frozen=True)
@@ -77,34 +77,6 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class _Tail:
-    """From a result of the highway to a map.
-
-    Attributes:
-        source: which result.
-        channel_dim: of it.
-        norm: a frozen LayerNorm of the body in between.
-        size: rows and columns of the map.
-    """
-
-    source: int
-    channel_dim: int
-    norm: nn.LayerNorm | None
-    size: tuple[int, int]
-
-    def __call__(self, results: Sequence[tuple[Wire, Tensor]]) -> Tensor:
-        _, x = results[self.source]
-        if self.norm is None and self.channel_dim == -3:
-            return x
-        x = x.movedim(self.channel_dim, -1)
-        if self.norm is not None:
-            x = F.layer_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
-        if x.dim() == 3:  # tokens, the prefix in front
-            x = x[:, x.shape[1] - prod(self.size) :].unflatten(1, self.size)
-        return x.permute(0, 3, 1, 2).contiguous()
-
-
-@dataclass(frozen=True)
 class _Program:
     """What an encoder does with images of one size.
 
@@ -115,7 +87,7 @@ class _Program:
     """
 
     steps: tuple[_Step, ...]
-    tails: tuple[_Tail | None, ...]
+    tails: tuple[Tail | None, ...]
     taps: tuple[Tap, ...]
 
 
@@ -123,7 +95,7 @@ class Replay:
     """An encoder in two halves: what its frozen backbone computes, and what is made of it.
 
     Args:
-        encoder: its body is frozen, and carries E3VA, LST or nothing.
+        encoder: its body is frozen but for what is behind the maps, and carries E3VA, LST or nothing.
 
     Attributes:
         encoder: as above.
@@ -133,14 +105,14 @@ class Replay:
         SiteError: an adapter changes what the backbone computes, or a part of the backbone trains.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Fed) -> None:
         self.encoder = encoder
-        self._wires = _reading(encoder.body)
+        self._wires = _reading(encoder.body, encoder.behind)
         self._state = state_of(encoder.body)
         self._active = None if self._state is None else self._state.active
         self._programs: dict[tuple[tuple[int, int], str], _Program] = {}
         self.reads: list[list[Any]] = [[wire.site.path, wire.site.slot] for wire in self._wires if _reads(wire)]
-        self.reads += [["maps", *pair] for pair in zip(encoder.channels, encoder.strides, strict=True)]
+        self.reads += encoder.gives
 
     def taps(self, size: tuple[int, int]) -> tuple[Tap, ...]:
         """What is kept of an image of this size (height, width).
@@ -261,16 +233,21 @@ class Replay:
         self._watched(one, note)
         taps, plain = self._record(two)
         adapters = {id(p) for wire in self._wires for p in wire.adapter.parameters()}
-        noisy = {
-            f"encoder.{name}": p + _NOISE * _noise(p.shape, self.encoder.body).to(p)
+        noisy: dict[str, Tensor] = {
+            f"encoder.{name}": nn.Parameter(p + _NOISE * _noise(p.shape, self.encoder.body).to(p), requires_grad=False)
             for name, p in self.encoder.named_parameters()
             if id(p) in adapters
         }
         both = _Both(self.encoder, lambda: (self._watched(two, _nothing), self._results(steps, taps)))
-        maps, results = functional_call(both, noisy, ())
+        readers = [step.wire.site.path for step in steps]
+        calls: AbstractContextManager[list[Call]] = nullcontext([])
+        if readers:
+            calls = calls_behind(self.encoder.body, readers[-1], self.encoder.behind)
+        with calls as behind:
+            maps, results = functional_call(both, noisy, ())
         norms = _norms(self.encoder.body, self._wires)
         tails = tuple(
-            None if torch.equal(one, before) else _tail(k, one, results, norms)
+            None if torch.equal(one, before) else find_tail(k, one, results, norms, behind)
             for k, (one, before) in enumerate(zip(maps, plain, strict=True))
         )
         kept = [Tap(tuple(m.shape[1:]), m.dtype) for m, tail in zip(plain, tails, strict=True) if tail is None]
@@ -280,7 +257,7 @@ class Replay:
 class _Both(nn.Module):
     """Calls a function where torch can put other parameters into the encoder."""
 
-    def __init__(self, encoder: Encoder, run: Callable[[], Any]) -> None:
+    def __init__(self, encoder: Fed, run: Callable[[], Any]) -> None:
         super().__init__()
         self.encoder, self._run = encoder, run
 
@@ -297,8 +274,8 @@ def precision_of(body: nn.Module) -> str:
     return str(parameter.dtype)
 
 
-def _reading(body: nn.Module) -> list[Wire]:
-    """The wires of the adapters in use, of which each only reads the backbone."""
+def _reading(body: nn.Module, behind: Iterable[str]) -> list[Wire]:
+    """The wires of the adapters in use, each of which only reads the backbone; what is ``behind`` it may train."""
     if is_compiled_wrapper(body):
         raise SiteError("it is a compiled wrapper", where="body", remedy="Compile after caching, or not at all")
     state, wires = state_of(body), []
@@ -314,13 +291,15 @@ def _reading(body: nn.Module) -> list[Wire]:
                     remedy="Cache features for E3VA, LST or LinearProbe, or train without cached features",
                 )
             wires.append(wire)
-    ours = {id(p) for wire in wires for p in wire.adapter.parameters()}
+    trains = [*(wire.adapter for wire in wires), *map(body.get_submodule, behind)]
+    ours = {id(p) for module in trains for p in module.parameters()}
     trained = next((name for name, p in body.named_parameters() if p.requires_grad and id(p) not in ours), None)
     if trained is not None:
         raise SiteError(
             "it trains, and what the backbone computes changes with it",
             where=trained,
-            remedy="Attach E3VA, LST or LinearProbe with trainable=(), or train without cached features",
+            remedy="Attach E3VA, LST or LinearProbe (around feature maps with trainable=()), or train without cached "
+            "features",
         )
     order = {} if state is None or not wires else {site.key: k for k, site in enumerate(state.record().sites)}
     return sorted(wires, key=lambda wire: order[wire.site.key])
@@ -365,25 +344,3 @@ def _noise(shape: Sequence[int], body: nn.Module) -> Tensor:
 def _norms(body: nn.Module, wires: Iterable[Wire]) -> list[nn.LayerNorm]:
     own = {id(module) for wire in wires for module in wire.adapter.modules()}
     return [m for m in body.modules() if isinstance(m, nn.LayerNorm) and id(m) not in own]
-
-
-def _tail(number: int, wanted: Tensor, results: Sequence[tuple[Wire, Tensor]], norms: Iterable[nn.LayerNorm]) -> _Tail:
-    """How map ``number`` is made of the results."""
-    size = (wanted.shape[-2], wanted.shape[-1])
-    precision = _ROUNDINGS * torch.finfo(wanted.dtype).eps
-    for norm in (None, *norms):
-        for source, (wire, result) in enumerate(results):
-            dim = wire.site.channel_dim
-            if result.shape[dim] != wanted.shape[1] or result[0].numel() < wanted[0].numel():
-                continue
-            if norm is not None and norm.normalized_shape != (wanted.shape[1],):
-                continue
-            tail = _Tail(source, dim, norm, size)
-            found = tail(results)
-            if found.shape == wanted.shape and (found - wanted).norm() <= precision * wanted.norm():
-                return tail
-    raise SiteError(
-        f"map {number} is not what the adapters give here, in another layout or behind a norm",
-        where=results[min(number, len(results) - 1)][0].site.path if results else f"map {number}",
-        remedy="Train without cached features",
-    )

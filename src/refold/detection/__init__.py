@@ -9,6 +9,7 @@ from refold.detection.loader import BoxLoader
 from refold.detection.models import KINDS, MASK_KINDS, Detector, build_detector
 from refold.detection.sources import BoxSplits, load_boxes
 from refold.detection.voc import read_voc
+from refold.detection.voc_masks import read_voc_masks
 
 __all__ = [
     "KINDS",
@@ -24,6 +25,7 @@ __all__ = [
     "load_boxes",
     "read_coco",
     "read_voc",
+    "read_voc_masks",
     "to_results",
     "write_results",
 ]

@@ -12,6 +12,7 @@ from refold.data.splits import stratified_split
 from refold.detection.boxes import BoxSet
 from refold.detection.coco import read_coco
 from refold.detection.voc import read_voc, voc_splits
+from refold.detection.voc_masks import mask_splits, read_voc_masks
 from refold.errors import DataError
 
 __all__ = ["BoxSplits", "load_boxes"]
@@ -19,7 +20,8 @@ __all__ = ["BoxSplits", "load_boxes"]
 _SPELLINGS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _HELP = (
     "Expected a COCO file; a folder of them (annotations/*train*.json beside train/ or images/train/, or "
-    "train/_annotations.coco.json); or a VOC folder (Annotations, JPEGImages, ImageSets/Main)"
+    "train/_annotations.coco.json); or a VOC folder (Annotations, JPEGImages, ImageSets/Main; of masks "
+    "SegmentationObject, SegmentationClass, ImageSets/Segmentation)"
 )
 
 
@@ -46,7 +48,7 @@ def load_boxes(
     fractions: Sequence[float | None] = (0.8, 0.2, 0.0),
     seed: int = 0,
 ) -> BoxSplits:
-    """Find annotated images and split them; everything is checked now, no image is decoded.
+    """Find annotated images and split them; everything is checked now, no image is decoded but VOC's masks.
 
     Splits that the source spells out are taken as they are: by COCO files with "train", "val" or "valid", and "test"
     in their names or their folder's, or by VOC's lists. Those left are drawn from the training images, stratified by
@@ -57,14 +59,14 @@ def load_boxes(
             NAME being what follows the last underscore of the file's name (``instances_train2017.json``); a folder of
             ``train/``, ``valid/`` and ``test/`` with ``_annotations.coco.json`` beside the images; or a VOC folder.
         images: folder of the images of a COCO file that lie elsewhere.
-        masks: read masks too; VOC has none here.
+        masks: read masks too; of a VOC folder they are all that is read, see :mod:`refold.detection.voc_masks`.
         fractions: of training, validation and test, for the splits that are drawn: shares, or counts; None, once, is
             all the rest.
         seed: of the draw.
 
     Raises:
-        DataError: as :func:`refold.detection.read_coco` and :func:`refold.detection.read_voc`; no known layout; splits
-            of other classes than training's.
+        DataError: as :func:`refold.detection.read_coco`, :func:`refold.detection.read_voc` and
+            :func:`refold.detection.read_voc_masks`; no known layout; splits of other classes than training's.
         MissingExtraError: ``masks``, and faster-coco-eval is not installed.
     """
     if len(fractions) != 3:
@@ -89,27 +91,28 @@ def _find(source: Path, images: Path | None, masks: bool) -> dict[str, BoxSet]:
         raise DataError("there is no such file or folder", where=str(source))
     if not source.is_dir():
         return {"train": read_coco(source, images, masks=masks)}
-    if voc := voc_splits(source):
-        return _voc(source, voc, masks)
+    known = mask_splits(source) if masks else voc_splits(source)
+    if known:
+        return _voc(source, known, masks)
     files = _coco_files(source)
     if files:
         return {name: read_coco(file, images or _images_of(source, file), masks=masks) for name, file in files.items()}
-    if (source / "Annotations").is_dir() or any(source.glob("*.xml")):
+    marks = ("SegmentationObject", "Annotations") if masks else ("Annotations",)
+    if any((source / mark).is_dir() for mark in marks) or any(source.glob("*.xml")):
         return _voc(source, [], masks)
     raise DataError("is no data set with boxes", where=str(source), remedy=_HELP)
 
 
 def _voc(root: Path, splits: list[str], masks: bool) -> dict[str, BoxSet]:
-    if masks:
-        raise DataError("VOC's XML files have no masks", where=str(root), remedy="Use COCO's format")
+    read = read_voc_masks if masks else read_voc
     if not splits:
-        return {"train": read_voc(root)}
+        return {"train": read(root)}
     first = "train" if "train" in splits else "trainval"
     if first not in splits:
         raise DataError(f"has the splits {', '.join(splits)} and no training split", where=str(root), remedy=_HELP)
-    train = read_voc(root, first)
+    train = read(root, first)
     held_out = [name for name in ("val", "test") if name in splits and not (name == "val" and first == "trainval")]
-    return {"train": train} | {name: read_voc(root, name, classes=train.classes) for name in held_out}
+    return {"train": train} | {name: read(root, name, classes=train.classes) for name in held_out}
 
 
 def _coco_files(root: Path) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from refold.data.decoding import EXTENSIONS
 from refold.detection.boxes import BoxSet, Object, Tally, check_sizes, finite_box
 from refold.errors import DataError
 
-__all__ = ["read_voc", "voc_splits"]
+__all__ = ["find_image", "read_names", "read_voc", "split_file", "voc_splits"]
 
 
 class _Entry(NamedTuple):
@@ -50,7 +50,7 @@ def read_voc(root: str | Path, split: str | Path | None = None, *, classes: Sequ
             that is none of ``classes``; no object at all.
     """
     root = Path(root)
-    where = str(root if split is None else _split_file(root, split))
+    where = str(root if split is None else split_file(root, split))
     entries = [_read(root, file) for file in _files(root, split)]
     names = sorted({name for entry in entries for name, _, _ in entry.objects}) if classes is None else list(classes)
     if not any(entry.objects for entry in entries):
@@ -84,7 +84,26 @@ def _files(root: Path, split: str | Path | None) -> list[Path]:
         if not found:
             raise DataError("there are no XML files", where=str(folder), remedy="Expected VOC's Annotations/NAME.xml")
         return found
-    file = _split_file(root, split)
+    file = split_file(root, split)
+    names = read_names(file)
+    for number, name in enumerate(names, start=1):
+        if not (folder / f"{name}.xml").is_file():
+            raise DataError(f"there is no {str(folder / f'{name}.xml')!r}", where=f"{file}, entry {number}")
+    return [folder / f"{name}.xml" for name in names]
+
+
+def split_file(root: Path, split: str | Path, lists: str = "Main") -> Path:
+    """The file of a split: the one of that name in ``ImageSets/LISTS/``, or ``split`` as it is."""
+    named = root / "ImageSets" / lists / f"{split}.txt"
+    return named if named.is_file() else Path(split)
+
+
+def read_names(file: Path) -> list[str]:
+    """The names of a split, with which its lines begin.
+
+    Raises:
+        DataError: it cannot be read, or is empty.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -92,15 +111,7 @@ def _files(root: Path, split: str | Path | None) -> list[Path]:
     names = [line.split()[0] for line in lines if line.strip()]
     if not names:
         raise DataError("the list of a split is empty", where=str(file))
-    for number, name in enumerate(names, start=1):
-        if not (folder / f"{name}.xml").is_file():
-            raise DataError(f"there is no {str(folder / f'{name}.xml')!r}", where=f"{file}, entry {number}")
-    return [folder / f"{name}.xml" for name in names]
-
-
-def _split_file(root: Path, split: str | Path) -> Path:
-    named = root / "ImageSets" / "Main" / f"{split}.txt"
-    return named if named.is_file() else Path(split)
+    return names
 
 
 def _read(root: Path, file: Path) -> _Entry:
@@ -146,9 +157,24 @@ def _image(root: Path, file: Path, tree: ElementTree.Element) -> str:
     """The image of an XML file: by its ``filename``, else by the file's own name."""
     folder = root / "JPEGImages" if (root / "JPEGImages").is_dir() else file.parent
     stated = (tree.findtext("filename") or "").strip()
-    names = [stated] if stated else []
-    names += [f"{file.stem}{suffix}" for suffix in sorted(EXTENSIONS)]
-    for name in names:
-        if (folder / name).is_file():
-            return str(folder / name)
-    raise DataError(f"there is no image {str(folder / (stated or file.stem))!r}", where=str(file))
+    if stated and (folder / stated).is_file():
+        return str(folder / stated)
+    return find_image(folder, file.stem, place=str(file), stated=stated)
+
+
+def find_image(folder: Path, name: str, *, place: str, stated: str = "") -> str:
+    """The image ``name`` with a suffix of images.
+
+    Args:
+        folder: where it lies.
+        name: of the file, without suffix.
+        place: what asks for it, for the message.
+        stated: what the message shall call it.
+
+    Raises:
+        DataError: there is none.
+    """
+    for suffix in sorted(EXTENSIONS):
+        if (folder / f"{name}{suffix}").is_file():
+            return str(folder / f"{name}{suffix}")
+    raise DataError(f"there is no image {str(folder / (stated or name))!r}", where=place)

@@ -91,7 +91,9 @@ class Difference:
 
 
 def first_line(error: Exception) -> str:
-    """Kind and first line of an exporter's error, whose text may go on for pages."""
+    """Kind and first line of an exporter's error, whose text may go on for pages, or of the one that caused it."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

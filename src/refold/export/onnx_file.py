@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +29,9 @@ from refold.export.common import (
 )
 from refold.preprocessing import Preprocessing
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "require_onnx", "run_file", "tracing"]
 
+_REMEDY = "Use export_program or export_weights"
 _LIMIT = 2**31 - 2**20  # protobuf's 2 GiB, less room for the graph
 
 
@@ -60,63 +64,84 @@ def export_onnx(
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
         RefoldError: the model cannot be exported, is too large for one file, or the outputs differ.
     """
-    for package in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
-        if find_spec(package) is None:
-            raise MissingExtraError.of(package, "export")
+    require_onnx(model, path, check=check)
     target = Path(path)
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if size > _LIMIT:
-        remedy = "Use export_program or export_weights"
-        raise RefoldError(
-            f"{size / 2**30:.1f} GiB of weights do not fit in one ONNX file", where=str(path), remedy=remedy
-        )
-
     example = probe(model, preprocessing, raw=with_preprocessing)
     difference = Difference(target.name)
     graph = FromPixels(model, preprocessing) if with_preprocessing else model
     with evaluating(model), atomic_path(target) as temporary:
-        try:
-            with quiet(), torch.no_grad():
-                program = torch.onnx.export(
-                    graph.eval(),
-                    (example,),
-                    dynamo=True,
-                    dynamic_shapes=({0: torch.export.Dim("batch")},),
-                    input_names=["images"],
-                    output_names=["output"],
-                    verbose=False,
-                )
-                if program is None:
-                    raise ValueError("the exporter returned nothing")
-                shape = program.model.graph.inputs[0].shape
-                if shape is None or isinstance(shape[0], int):
-                    raise ValueError("the batch size became a constant of the graph")
-                program.model.metadata_props.update(facts(model, preprocessing))
-                program.save(temporary, external_data=False)
-        except Exception as error:  # any layer of torch.export, torch.onnx or onnxscript
-            raise RefoldError(
-                f"cannot be exported to ONNX ({first_line(error)})",
-                where=type(model).__name__,
-                remedy="Export the merged model, or use export_program or export_weights",
-            ) from error
+        with tracing(type(model).__name__):
+            program = torch.onnx.export(
+                graph.eval(),
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["images"],
+                output_names=["output"],
+                verbose=False,
+            )
+            if program is None:
+                raise ValueError("the exporter returned nothing")
+            shape = program.model.graph.inputs[0].shape
+            if shape is None or isinstance(shape[0], int):
+                raise ValueError("the batch size became a constant of the graph")
+            program.model.metadata_props.update(facts(model, preprocessing))
+            program.save(temporary, external_data=False)
         if check:
             _compare(model, temporary, preprocessing, with_preprocessing, difference)
     return difference.exported(target, checked=check)
 
 
-def _compare(model: nn.Module, path: Path, preprocessing: Preprocessing, raw: bool, difference: Difference) -> None:
-    """Run the file at each checked batch size; raises :class:`RefoldError` if it does not run, or differs."""
+def require_onnx(model: nn.Module, path: str | PathLike[str], *, check: bool, remedy: str = _REMEDY) -> None:
+    """What an export needs.
+
+    Raises:
+        MissingExtraError: onnx, onnxscript or, to check, onnxruntime is not installed.
+        RefoldError: the model is too large for one file.
+    """
+    for package in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+        if find_spec(package) is None:
+            raise MissingExtraError.of(package, "export")
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if size > _LIMIT:
+        raise RefoldError(
+            f"{size / 2**30:.1f} GiB of weights do not fit in one ONNX file", where=str(path), remedy=remedy
+        )
+
+
+@contextmanager
+def tracing(name: str, remedy: str = f"Export the merged model, or {_REMEDY.lower()}") -> Iterator[None]:
+    """Around the exporter: silence, no gradients, and one error for all of its errors, which names the model."""
+    try:
+        with quiet(), torch.no_grad():
+            yield
+    except Exception as error:  # any layer of torch.export, torch.onnx or onnxscript
+        raise RefoldError(f"cannot be exported to ONNX ({first_line(error)})", where=name, remedy=remedy) from error
+
+
+def run_file(path: Path, feeds: dict[str, Any], where: str, remedy: str = _REMEDY) -> list[Any]:
+    """Outputs of a file in onnxruntime, NumPy arrays in and out.
+
+    Raises:
+        RefoldError: it cannot be loaded, or run.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return list(session.run(None, feeds))
+    except Exception as error:  # onnxruntime's errors share no base class
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in feeds.items())
+        reason = f"onnxruntime cannot run the exported model on {shapes} ({first_line(error)})"
+        raise RefoldError(reason, where=where, remedy=remedy) from error
+
+
+def _compare(model: nn.Module, path: Path, preprocessing: Preprocessing, raw: bool, difference: Difference) -> None:
+    """Run the file at each checked batch size; raises :class:`RefoldError` if it does not run, or differs."""
     for batch in CHECKED_BATCHES:
         pixels = probe(model, preprocessing, batch, raw=True)
         images = normalise(pixels, preprocessing)
-        try:
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            (output,) = session.run(None, {"images": (pixels if raw else images).cpu().numpy()})
-        except Exception as error:  # onnxruntime's errors share no base class
-            reason = f"onnxruntime cannot run the exported model at batch {batch} ({first_line(error)})"
-            raise RefoldError(reason, where=difference.where, remedy="Use export_program or export_weights") from error
+        (output,) = run_file(path, {"images": (pixels if raw else images).cpu().numpy()}, difference.where)
         difference.add(torch.from_numpy(output), run(model, images))

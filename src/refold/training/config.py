@@ -13,7 +13,7 @@ from refold.errors import DataError
 from refold.methods import METHODS, Method, method_from_json
 from refold.training.recipe import Recipe
 
-__all__ = ["TrainConfig"]
+__all__ = ["TrainConfig", "require_fixed"]
 
 #: Settings that may differ when a run is resumed: where it lies and how fast images are decoded.
 FREE_SETTINGS = ("output", "workers", "cache", "features", "checkpoint_every")
@@ -25,6 +25,16 @@ NORMALIZATIONS = ("model", "imagenet", "inception", "none")
 SAMPLINGS = ("uniform", "dense", "strided")
 #: Settings of videos, and what they are for everything else.
 VIDEO_SETTINGS = {"frames": None, "sampling": "uniform", "stride": 4, "clips": 1, "crops": 1, "fold": 1}
+
+#: Why a setting does not go with cached features.
+DRAWS_ANEW = "draws anew at every step, and cached features are computed once"
+
+
+def require_fixed(recipe: Recipe) -> None:
+    """Raise :class:`DataError` for a setting that does not go with cached features."""
+    for name in ("mixup", "cutmix", "consistency"):
+        if getattr(recipe, name):
+            raise DataError(DRAWS_ANEW, where=name, remedy="Leave it out, or train without features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +74,15 @@ class TrainConfig(Recipe):
             it, ``_`` read as a space.
         in_chans: input channels; None means what the backbone was trained with.
         image_size: side of the model's input in pixels; None means the backbone's own.
-        features: keep what a frozen backbone gives E3VA, LST or a linear probe of a dense task, so that it sees each
-            view of an image once: ``"memory"``, or a folder, which a later run with the same backbone takes up again.
-            None runs the backbone at every step.
+        features: keep what a frozen backbone gives E3VA, LST or a linear probe, so that it sees each view of an image
+            once: ``"memory"``, or a folder, which a later run with the same backbone takes up again. None runs the
+            backbone at every step. Not for videos, nor with mixup, cutmix or consistency, which draw anew at each step.
         views: with ``features``, how many augmented views a training image has; epochs show them in turn.
         normalize: ``"model"`` (the backbone's own mean and std), ``"imagenet"``, ``"inception"``
             (inputs in [-1, 1]) or ``"none"`` (inputs in [0, 1]).
         crop: ``"squash"`` resizes straight to the input size (the VTAB recipe), ``"center"`` cuts the centre.
         drop_path: rate of stochastic depth in the backbone of whole images and videos; dense tasks have none. None is
-            0.1, and 0 of videos.
+            0.1, and 0 of videos and with ``features``, where it must be 0.
         batch_size: None is 64 whole images, 16 to segment, 16 videos, and 2 for objects, whose images and heads are
             large.
         method: how to adapt: an instance of one of :data:`refold.methods.METHODS`.
@@ -122,7 +132,8 @@ class TrainConfig(Recipe):
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", BATCH_SIZES.get(self.task or "", Recipe.batch_size))
         if self.drop_path is None:
-            object.__setattr__(self, "drop_path", 0.0 if self.task == "video" else 0.1)
+            fixed = self.task is None and self.features is not None
+            object.__setattr__(self, "drop_path", 0.0 if self.task == "video" or fixed else 0.1)
         super().__post_init__()
         for name in ("data", "train", "val", "test", "weights", "start", "output", "features", "class_names"):
             if isinstance(getattr(self, name), Path):
@@ -132,12 +143,9 @@ class TrainConfig(Recipe):
         for name in ("decoder", "train", "val", "test", "target", "weights", "start", "features", "class_names"):
             self._text(name, optional=True)
         self._choice("task", (None, *DENSE_TASKS, "video"))
-        for name in ("decoder", "features"):
-            if getattr(self, name) is not None and self.task not in DENSE_TASKS:
-                raise DataError("is for dense tasks", where=name, remedy=f"Set task to {', '.join(DENSE_TASKS)}")
-        self._integer("views", least=1)
-        if self.views > 1 and self.features is None:
-            raise DataError("is for cached features", where="views", remedy="Set features")
+        if self.decoder is not None and self.task not in DENSE_TASKS:
+            raise DataError("is for dense tasks", where="decoder", remedy=f"Set task to {', '.join(DENSE_TASKS)}")
+        self._features()
         for name in ("skip_bad_images", "pretrained", "evaluate_test", "freeze_head"):
             if not isinstance(getattr(self, name), bool):
                 raise DataError(f"must be true or false, not {getattr(self, name)!r}", where=name)
@@ -155,6 +163,18 @@ class TrainConfig(Recipe):
                 where="method",
                 remedy="For example: refold.RepAdapter(rank=8)",
             )
+
+    def _features(self) -> None:
+        self._integer("views", least=1)
+        if self.features is None:
+            if self.views > 1:
+                raise DataError("is for cached features", where="views", remedy="Set features")
+            return
+        if self.task == "video":
+            raise DataError("is for images, not videos", where="features", remedy="Leave it out")
+        require_fixed(self)
+        if self.task is None and self.drop_path:
+            raise DataError(DRAWS_ANEW, where="drop_path", remedy="Set it to 0, or leave features out")
 
     def _head(self) -> None:
         self._choice("head", HEADS)

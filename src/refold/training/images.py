@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     from refold.data import ImageSet
     from refold.data.loader import Order, PlannedLoader
     from refold.data.streams import StreamLoader
+    from refold.dense.features import Features
+    from refold.training.kept import KeptImages
     from refold.video import VideoSet
 
 __all__ = ["ImageProblem", "chosen_metric"]
 
 
 class ImageProblem(LoadedProblem):
-    """See :class:`refold.training.problem.Problem`; the arguments are those of :func:`refold.training.fit`."""
+    """See :class:`refold.training.problem.Problem`; the arguments are those of :func:`refold.training.fit`.
+
+    With ``features`` a batch is what :meth:`refold.training.kept.KeptImages.batches` gives.
+    """
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class ImageProblem(LoadedProblem):
         task: Task,
         accelerator: Accelerator,
         precision: str,
+        features: Features | None = None,
     ) -> None:
         self.model, self.val_set, self.preprocessing, self.recipe = model, val_set, preprocessing, recipe
         self.accelerator, self.precision = accelerator, precision
@@ -49,18 +55,30 @@ class ImageProblem(LoadedProblem):
         self.mixer = make_mixer(recipe, task.outputs)
         self.consistency = make_consistency(recipe, model, accelerator.device)
         order = training_order(recipe, len(train_set), accelerator)
+        self.kept = None if features is None else self._keep(features, train_set, val_set)
+        if features is not None:
+            order["views"] = features.views
         super().__init__(self._training(train_set, order), train_set, val_set, task.classes)
         self.val_loader = None if val_set is None else self._evaluation(val_set)
         self.select = chosen_metric(recipe, task, val_set)
 
+    def _keep(self, features: Features, train_set: Any, val_set: Any) -> KeptImages:
+        from refold.training.kept import KeptImages
+
+        return KeptImages(
+            features, self.model, train_set, val_set, self.preprocessing, self.recipe, self.accelerator, self.precision
+        )
+
     def _training(self, train_set: Any, order: Order) -> PlannedLoader | StreamLoader:
         from refold.data.streams import open_loader
 
+        train_set = train_set if self.kept is None else self.kept.to_read(train_set)
         return open_loader(
             train_set, self.preprocessing, augment=self.recipe.augment, workers=self.recipe.workers, **order
         )
 
     def _evaluation(self, val_set: Any) -> Batches:
+        val_set = val_set if self.kept is None else self.kept.to_read(val_set)
         return evaluation_loader(
             val_set, self.preprocessing, self.accelerator, batch_size=self.recipe.batch_size,
             workers=self.recipe.workers,
@@ -78,22 +96,26 @@ class ImageProblem(LoadedProblem):
             self.consistency.start(seed)
             if state is not None:
                 self.consistency.noise.generator.set_state(state["noise"])
-        return super().batches(epoch, seed, start, state)
+        batches = super().batches(epoch, seed, start, state)
+        return batches if self.kept is None else self.kept.batches(self.loader)
 
     def state(self) -> dict[str, Any]:
         state = super().state()
         return state if self.consistency is None else {**state, "noise": self.consistency.noise.generator.get_state()}
 
     def step(self) -> AbstractContextManager[Any]:
+        if self.kept is not None:
+            return self.kept.averaged()
         return super().step() if self.consistency is None else self.consistency.step()
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, targets = (part.to(self.accelerator.device, non_blocking=True) for part in batch)
+    def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+        images, targets = (part.to(self.accelerator.device, non_blocking=True) for part in batch[:2])
         if self.mixer is not None:
             images, targets = self.mixer(images, targets)
 
         def forward() -> Tensor:
-            return self._forward(model, images)
+            with autocast(self.accelerator.device, self.precision):
+                return model(images) if self.kept is None else self.kept.logits(images, *batch[2:])
 
         if self.consistency is None:
             logits, again = forward(), None
@@ -110,21 +132,22 @@ class ImageProblem(LoadedProblem):
             return loss
         return loss + self.consistency.penalty(logits, again)
 
-    def _forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        with autocast(self.accelerator.device, self.precision):
-            return model(images)
-
     def validate(self) -> dict[str, float] | None:
         val_set, loader = self.val_set, self.val_loader
         if val_set is None or loader is None:
             return None
-        logits = compute_logits(self.model, loader, len(val_set), self.accelerator, precision=self.precision)
+        model = self.model
+        if self.kept is not None:
+            model = self.kept.model
+            loader = self.kept.validated(loader, len(val_set), self.recipe.batch_size)
+        logits = compute_logits(model, loader, len(val_set), self.accelerator, precision=self.precision)
         loss = float(self.task.loss(logits, val_set.targets))
         return {"loss": loss, **self.task.metrics(self.task.scores(logits), val_set.targets)}
 
     def try_step(self, size: int) -> Tensor:
         images = torch.randn((size, *self._shape), generator=torch.Generator().manual_seed(0))
-        return self._forward(self.model, images.to(self.accelerator.device))
+        with autocast(self.accelerator.device, self.precision):
+            return self.model(images.to(self.accelerator.device))
 
 
 def chosen_metric(recipe: Recipe, task: Task, val_set: ImageSet | VideoSet | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -25,37 +24,33 @@ __all__ = ["Batches", "autocast", "compute_logits", "evaluation_loader", "in_eva
 def start_accelerator() -> Accelerator:
     """The processes and the device that ``accelerate launch`` set up; one process without it.
 
-    Mixed precision stays with refold, which holds frozen weights in bfloat16 itself.
+    Mixed precision stays with refold, which holds frozen weights in bfloat16 itself, and so does FSDP2, see
+    :mod:`refold.training.sharding`.
 
     Raises:
-        RefoldError: another Accelerator with mixed precision is alive in this process, or the launcher shall divide the
-            model between processes.
+        RefoldError: another Accelerator with mixed precision or FSDP is alive in this process, or the launcher shall
+            divide the model in a way that is not supported.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 
     from refold.errors import RefoldError
+    from refold.training.sharding import hidden_launch
 
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        # Where accelerate does not know how to, on CPUs, it would say nothing and train something else.
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
-            raise RefoldError(
-                "refold.train keeps the whole backbone on every process, and divides the images alone",
-                where=f"accelerate launch with {engine}",
-                remedy="Launch it without; a backbone larger than a device is trained by a loop of one's own, with "
-                "refold.attach, fully_shard and get_model_state_dict",
-            )
+    remedy = "Create no other Accelerator in this process, or one with mixed_precision='no' and without FSDP"
     try:
-        return Accelerator(
-            mixed_precision="no",
-            cpu=not torch.accelerator.is_available(),  # without it, processes on CPUs alone would not find each other
-            # The graph of a step never changes; parts of the backbone that it does not reach are no error.
-            kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)],
-        )
+        with hidden_launch():
+            accelerator = Accelerator(
+                mixed_precision="no",
+                # Without it, processes on CPUs alone would not find each other.
+                cpu=not torch.accelerator.is_available(),
+                # The graph of a step never changes; parts of the backbone that it does not reach are no error.
+                kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)],
+            )
     except ValueError as error:
-        raise RefoldError(
-            f"accelerate cannot start ({error})",
-            remedy="Create no other Accelerator in this process, or one with mixed_precision='no'",
-        ) from error
+        raise RefoldError(f"accelerate cannot start ({error})", remedy=remedy) from error
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise RefoldError("another Accelerator divides models with FSDP", remedy=remedy)
+    return accelerator
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
@@ -113,8 +108,10 @@ def compute_logits(
         accelerator: of :func:`start_accelerator`.
         precision: ``"fp32"`` or ``"bf16"``.
     """
+    from refold.backbones import fixed_texts
+
     device, world = accelerator.device, accelerator.num_processes
-    with in_evaluation(model), autocast(device, precision):
+    with in_evaluation(model), fixed_texts(model), autocast(device, precision):
         outputs = [model(images.to(device, non_blocking=True)).float() for images, _ in loader]
     if world == 1:
         return torch.cat(outputs).cpu()

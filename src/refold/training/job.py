@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import refold
+from refold.errors import DataError
 from refold.preprocessing import Preprocessing
 from refold.state import require_state
 from refold.training.build import build_attached
@@ -19,12 +20,14 @@ from refold.training.evaluation import Evaluation, load_splits, score
 from refold.training.inference import start_accelerator
 from refold.training.loop import Solved, fit
 from refold.training.run import RunFolder
+from refold.training.sharding import read_launch
 from refold.training.tasks import make_task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from refold.data import Splits
+    from refold.dense.features import Features
     from refold.dense.job import Scored
     from refold.detection import BoxSplits
     from refold.segmentation import MaskSplits
@@ -80,7 +83,9 @@ def train(
     The best epoch is chosen on the validation split alone, then scored in float32 on the validation and the
     test split. Under ``accelerate launch`` or ``torchrun`` every process calls this with the same arguments; the
     first one writes and reads ``output``, which other hosts need not see. (On CPUs ``accelerate launch --cpu`` starts
-    one process whatever ``--num_processes`` says; ``--multi_gpu`` in its place starts all, GPUs or not.)
+    one process whatever ``--num_processes`` says; ``--multi_gpu`` in its place starts all, GPUs or not.) With
+    ``--use_fsdp --fsdp_version 2`` the frozen weights are divided between the processes while they train, see
+    :mod:`refold.training.sharding`.
 
     The folder holds ``config.json``, ``metrics.jsonl``, ``adapter.safetensors`` (best epoch), ``checkpoint.pt``
     (last epoch), ``tensorboard/``, ``predictions.csv`` and ``thumbnails/`` (of the test split, else of the
@@ -107,6 +112,12 @@ def train(
     """
     config = TrainConfig.of(**settings) if config is None else config.replace(**settings)
     accelerator = start_accelerator()
+    if config.features is not None and read_launch() is not None:
+        raise DataError(
+            "no training step runs the backbone, whose weights FSDP2 would divide",
+            where="features",
+            remedy="Leave it out, or launch without FSDP",
+        )
     folder = RunFolder(config.output, main=accelerator.is_main_process)
     folder.check(config, resume=resume)
     if accelerator.device.type == "cuda":
@@ -128,6 +139,7 @@ def train(
     if config.start is not None:
         task = make_task(splits.task, splits.classes, splits.train.targets, config)
         task.begin(model, require_state(model, "train").record().head)
+    features = None if config.features is None else _features(config, model)
     accelerator.wait_for_everyone()  # all have looked at the folder before the first one writes
     folder.open(config)
     fitted = fit(
@@ -143,6 +155,7 @@ def train(
         on_epoch=on_epoch,
         until=until,
         progress=progress,
+        features=features,
     )
     if folder.main:
         refold.save(model, folder.adapter_path)
@@ -165,6 +178,8 @@ def train(
         config, splits, model, fitted, evaluations, folder, accelerator.device,
         task=splits.task, selected_by=config.select or fitted.task.select, skipped=splits.skipped,
     )  # fmt: skip
+    if features is not None:
+        summary["features"] = features.facts
     if evaluations:
         shown = "test" if "test" in evaluations else "val"
         image_set = wanted[shown]
@@ -172,6 +187,21 @@ def train(
         folder.write_predictions(evaluations[shown].rows)
         folder.write_thumbnails(image_set, evaluations[shown].thumbnail_rows())
     return finish(folder, accelerator, model, fitted, evaluations, preprocessing, summary, splits.skipped)
+
+
+def _features(config: TrainConfig, model: nn.Module) -> Features:
+    """Where the config's features are.
+
+    Raises:
+        SiteError: the method's cannot be cached.
+    """
+    from refold.dense.features import Features
+    from refold.dense.halves import Halves
+    from refold.dense.replay import Replay
+
+    assert config.features is not None
+    Replay(Halves(model).encoder)  # complains now
+    return Features(config.features, config.views)
 
 
 def finish(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from refold.data import ImageSet
+    from refold.dense.features import Features
 
 __all__ = ["Fit", "Solved", "fit", "solve"]
 
@@ -78,6 +79,7 @@ def fit(
     before_step: Callable[[int], None] | None = None,
     until: int | None = None,
     progress: bool | None = False,
+    features: Features | None = None,
 ) -> Fit:
     """Train what :func:`refold.attach` left trainable, and leave the model at its best epoch, in eval mode.
 
@@ -91,9 +93,11 @@ def fit(
         task: ``"classify"``, ``"multilabel"`` or ``"regress"``.
         classes: names in the order of the head's outputs; None for a regression.
         folder, resume, on_epoch, before_step, until, progress: as for :func:`solve`.
+        features: where what the frozen backbone gives is kept; None computes it at every step.
 
     Raises:
         DataError: a setting that does not suit the data, or a resumed run with other settings.
+        SiteError, StoreError: as :meth:`refold.dense.features.Features.prepare`.
         RefoldError: the loss became infinite or not a number; the last checkpoint stays.
         Paused: as :func:`solve`.
         KeyboardInterrupt: with a note that says how to resume.
@@ -101,7 +105,7 @@ def fit(
     built = make_task(task, classes, train_set.targets, recipe)
 
     def problem(accelerator: Accelerator, precision: str) -> ImageProblem:
-        return ImageProblem(model, train_set, val_set, preprocessing, recipe, built, accelerator, precision)
+        return ImageProblem(model, train_set, val_set, preprocessing, recipe, built, accelerator, precision, features)
 
     solved = solve(
         model, problem, recipe, folder=folder, resume=resume, on_epoch=on_epoch, before_step=before_step, until=until,

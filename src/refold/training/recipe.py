@@ -14,6 +14,7 @@ __all__ = ["Recipe"]
 
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "default", "math", "math-bf16")
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,11 @@ class Recipe:
         accumulate: equal batches that a step is divided into, one after the other, to need less memory: their gradients
             add up to those of the whole batch. What looks at a whole batch (mixup, batch statistics, the mean of losses
             with class weights) sees the parts.
+        optimizer: ``"adamw"``, or ``"sgd"`` with momentum 0.9, RepAdapter's and AdaptFormer's for videos.
         lr: peak learning rate of the adapters.
         head_lr: peak learning rate of the head; None means ``lr``.
-        weight_decay: of AdamW, on everything but biases and one-dimensional parameters.
+        weight_decay: on everything but biases and one-dimensional parameters: decoupled from the gradient in AdamW, a
+            part of it in SGD.
         warmup_epochs: epochs of linear warm-up, fractions allowed; None means a tenth of ``epochs``.
         warmup_lr: learning rate of the first warm-up step.
         min_lr: learning rate at the end of the cosine.
@@ -61,6 +64,7 @@ class Recipe:
     epochs: int = 100
     batch_size: int = 64
     accumulate: int = 1
+    optimizer: str = "adamw"
     lr: float = 1e-3
     head_lr: float | None = None
     weight_decay: float = 1e-4
@@ -109,6 +113,7 @@ class Recipe:
         self._number("consistency_noise", lambda v: v >= 0, "0 or more")
         for name, other in (("consistency_noise", "consistency"), ("consistency", "consistency_noise")):
             self._number(name, lambda v, other=other: v > 0 or not getattr(self, other), f"positive beside {other}")
+        self._choice("optimizer", OPTIMIZERS)
         self._choice("class_weights", (None, "balanced"))
         self._choice("precision", PRECISIONS)
         self._choice("attention", ATTENTIONS)

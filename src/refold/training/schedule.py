@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate: AdamW, and timm's cosine with linear warm-up, step by step."""
+"""The optimizer and its learning rate: AdamW or SGD, and timm's cosine with linear warm-up, step by step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ if TYPE_CHECKING:
 __all__ = ["build_optimizer", "build_schedule"]
 
 
-def build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW over the groups of :func:`refold.param_groups`, each with its own ``lr`` and ``weight_decay``.
+def build_optimizer(groups: list[dict[str, Any]], name: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW or SGD over the groups of :func:`refold.param_groups`, each with its own ``lr`` and ``weight_decay``.
 
-    The fused kernel updates all of an adapter's many small tensors in one call.
+    The fused kernel updates all of an adapter's many small tensors in one call. SGD has momentum 0.9, without dampening
+    or Nesterov's step: ``m <- 0.9 m + g + weight_decay w``, ``w <- w - lr m``.
+
+    Args:
+        groups: as torch's optimizers take them.
+        name: ``"adamw"`` or ``"sgd"``.
     """
     fused = all(
         parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
         for group in groups
         for parameter in group["params"]
     )
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, fused=fused)
     return torch.optim.AdamW(groups, fused=fused)
 
 

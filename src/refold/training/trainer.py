@@ -28,6 +28,7 @@ from refold.training.progress import Bars, show_progress
 from refold.training.recipe import Recipe
 from refold.training.run import RunFolder
 from refold.training.schedule import build_optimizer, build_schedule
+from refold.training.sharding import sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +72,7 @@ class Trainer:
         self.steps = self.problem.steps // recipe.accumulate
         groups = param_groups(self.model, recipe.lr, recipe.head_lr, recipe.weight_decay)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = build_optimizer(groups)
+        self.optimizer = build_optimizer(groups, recipe.optimizer)
         self.schedule = build_schedule(self.optimizer, recipe, self.steps)
         self.settings = recipe.to_json()
 
@@ -137,7 +138,7 @@ class Trainer:
             return
         self.model.train()
         if self.folder is not None:
-            # Weights, their best copy and the optimizer's two averages, while the former file still exists.
+            # Weights, their best copy and the optimizer's averages, at most two, while the former file still exists.
             self.folder.require_space(8 * sum(p.nbytes for p in self.parameters))
             self.folder.start_log(self.history)
         if not self.attention:
@@ -152,7 +153,8 @@ class Trainer:
         ) as bars:
             while self.epoch < self.recipe.epochs:
                 start = time.perf_counter()
-                self._train_epoch(wrapped, bars)
+                with sharded(self.model, self.accelerator):
+                    self._train_epoch(wrapped, bars)
                 self.epoch += 1
                 self._validate()
                 self.seconds += time.perf_counter() - start
