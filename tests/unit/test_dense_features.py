@@ -154,7 +154,10 @@ def test_what_cannot_be_cached_is_refused(name: str, data: Path, tmp_path: Path)
 
 
 def test_settings_that_mean_nothing_are_refused(data: Path, tmp_path: Path) -> None:
-    for changes, name in (({"views": 2}, "views"), ({"task": "video", "decoder": None, "features": "memory"}, "features")):
+    for changes, name in (
+        ({"views": 2}, "views"),
+        ({"task": "video", "decoder": None, "features": "memory"}, "features"),
+    ):
         with pytest.raises(DataError, match=f"^{name}"):
             settings(data, tmp_path / "run", **changes)
 

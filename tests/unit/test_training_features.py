@@ -271,9 +271,9 @@ def test_images_are_known_by_their_files_or_pixels(tmp_path: Path) -> None:
     for k in range(6):
         (tmp_path / f"{k}.png").write_bytes(bytes([k]))
     files = ImageSet([tmp_path / f"{k}.png" for k in range(6)], torch.zeros(6), classes=["a"])
-    assert [files.content(k) for k in range(6)] == [bytes([k]) for k in range(6)]
-    assert files.subset([5]).content(0) == bytes([5])
-    assert image_set(3).subset([2]).content(0) == pixels(3, 0)[2].numpy().tobytes()
+    assert [files.source_bytes(k) for k in range(6)] == [bytes([k]) for k in range(6)]
+    assert files.subset([5]).source_bytes(0) == bytes([5])
+    assert image_set(3).subset([2]).source_bytes(0) == pixels(3, 0)[2].numpy().tobytes()
 
 
 # -- what is refused --------------------------------------------------------------------------------------------

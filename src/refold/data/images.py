@@ -184,7 +184,7 @@ class ImageSet:
             self._held[rendering] = self._render(range(len(self)), rendering), torch.arange(len(self))
         return rendering in self._held
 
-    def content(self, index: int) -> bytes:
+    def source_bytes(self, index: int) -> bytes:
         """What the image is made of, and told from others by: its file, or its pixels where there is none.
 
         Raises:

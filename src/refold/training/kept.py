@@ -66,7 +66,7 @@ class KeptImages:
         self.features, self.model, self._targets = features, Halves(model), train_set.targets
         self._accelerator, self._shape = accelerator, (preprocessing.channels, *preprocessing.size)
         parts = [part for part in (train_set, val_set) if part is not None]
-        seen = [Seen(part.paths, [preprocessing.size] * len(part), part.content) for part in parts]
+        seen = [Seen(part.paths, [preprocessing.size] * len(part), part.source_bytes) for part in parts]
         with autocast(accelerator.device, precision):
             features.prepare(
                 self.model.encoder, seen[0], seen[1] if len(seen) > 1 else None, augment=recipe.augment,
