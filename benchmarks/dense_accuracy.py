@@ -65,8 +65,8 @@ SMALL = "channels=64, hidden=256, rois=64"
 SETTINGS = {
     "composite-segment": Setting("composite", "segment", "setr_naive", 140, 4, 16, "flip", "miou"),
     "nuclei": Setting("nuclei", "instance", f"mask_rcnn({SMALL})", 224, 20, 2, "flip", "mask_ap"),
-    "trees": Setting("trees", "detect", f"faster_rcnn({SMALL})", 448, 4, 2, "flip", "box_ap"),
-    "composite-instance": Setting("composite", "instance", f"mask_rcnn({SMALL})", 224, 1, 4, "hflip", "mask_ap"),
+    "trees": Setting("trees", "detect", f"faster_rcnn({SMALL})", 448, 12, 2, "flip", "box_ap"),
+    "composite-instance": Setting("composite", "instance", f"mask_rcnn({SMALL})", 224, 4, 4, "hflip", "mask_ap"),
 }
 ADAPTER, FULL = (1e-3, 3e-3), (3e-5, 1e-4)
 METHODS: dict[str, tuple[refold.Method, tuple[float, ...]]] = {

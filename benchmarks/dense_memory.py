@@ -5,7 +5,8 @@
 * memory: one training forward of the whole model, batch 1, at the paper's image size, in float32: bytes that autograd
   keeps for the backward pass, and four bytes a weight, four a gradient, eight of AdamW. What an accelerator's allocator
   and its convolution workspaces add is not in it. Random weights: bytes do not depend on them.
-* time: forward and backward of the backbone alone, all candidates side by side in one run, on a quiet machine.
+* time: forward and backward of the backbone alone, all candidates side by side in one run, on a quiet machine; cached
+  is a later epoch, in which the backbone does not run, its features in memory.
 
 Frozen is the backbone without adapter, its heads training. LoRA is PEFT's, on qkv, rank 8. One file a piece in
 ``results/dense-memory``; the tables go to ``docs/dense.md``.
@@ -28,6 +29,7 @@ import refold
 from refold.bench import measure
 from refold.dense import load_encoder
 from refold.dense.building import BACKBONE, build
+from refold.dense.cache import CachedEncoder
 from refold.preprocessing import Preprocessing
 
 RESULTS = common.RESULTS / "dense-memory"
@@ -52,7 +54,9 @@ METHODS: dict[str, refold.Method] = {
 }
 NAMES = ("frozen", "E3VA, taps recomputed", "E3VA", "E3VA, nothing recomputed", "LoRA (PEFT)", "RepAdapter", "full")
 KINDS = ("activations", "weights", "gradients", "optimizer")
-TIMED, TIME_SIZE, ROUNDS = ("swin_tiny_patch4_window7_224",), (256, 256), 7
+TIMED = ("swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224")
+TIME_SIZE, TIME_BATCH, ROUNDS = (256, 256), 2, 7
+CACHED = {"E3VA": "E3VA, cached", "E3VA, nothing recomputed": "E3VA, nothing recomputed, cached"}
 
 
 def prepared(name: str, body: nn.Module) -> None:
@@ -130,7 +134,8 @@ def time(backbone: str) -> dict[str, Any]:
     path = RESULTS / f"time-{backbone}.json"
     if path.exists():
         return json.loads(path.read_text())
-    images = torch.randn(2, 3, *TIME_SIZE)
+    images = torch.randn(TIME_BATCH, 3, *TIME_SIZE)
+    keys = [(k, 0) for k in range(TIME_BATCH)]
     functions: dict[str, Callable[[], object]] = {}
     for name in NAMES[1:]:
         encoder = load_encoder(f"timm/{backbone}", pretrained=False, image_size=TIME_SIZE).encoder
@@ -142,15 +147,26 @@ def time(backbone: str) -> dict[str, Any]:
             encoder.zero_grad(set_to_none=True)
 
         functions[name] = step
+        if name in CACHED:
+            files = [str(k) for k in range(TIME_BATCH)]
+            cached = CachedEncoder(encoder, files, [TIME_SIZE] * TIME_BATCH, dtype="float32")
+
+            def later(cached: CachedEncoder = cached, step: Callable[[], None] = step) -> None:
+                with cached.serving(keys):
+                    step()
+
+            functions[CACHED[name]] = later
     plain = load_encoder(f"timm/{backbone}", pretrained=False, image_size=TIME_SIZE).encoder
     functions["forward alone"] = torch.no_grad()(lambda: plain(images))
     timings = measure.latency(functions, rounds=ROUNDS, warmup=1)
     ratios = {name: timings.ratio(name, "full") for name in functions if name != "full"}
+    cached_ratios = {later: timings.ratio(later, name) for name, later in CACHED.items()}
     record = {
         "backbone": backbone,
         "size": TIME_SIZE,
         "seconds": {name: timings[name].median for name in functions},
         "ratio": {name: [ratio.value, ratio.low, ratio.high] for name, ratio in ratios.items()},
+        "cached": {name: [ratio.value, ratio.low, ratio.high] for name, ratio in cached_ratios.items()},
         "environment": measure.environment(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -176,7 +192,10 @@ def report() -> None:
         title = f"**{backbone}, {decoder}**, {size[0]} x {size[1]}, batch {mine['frozen']['batch']}, MiB"
         text.append(f"{title}\n\n{common.markdown((*header, '/ frozen', '/ full'), rows)}")
     for record in (r for r in records if "ratio" in r):
-        rows = [(name, f"{v:.2f} ({low:.2f} to {high:.2f})") for name, (v, low, high) in record["ratio"].items()]
+        shown = {name: f"{v:.2f} ({low:.2f} to {high:.2f})" for name, (v, low, high) in record["ratio"].items()}
+        for name, (v, low, high) in record["cached"].items():
+            shown[name] += f"; of the same uncached {v:.2f} ({low:.2f} to {high:.2f})"
+        rows = list(shown.items())
         title = f"**{record['backbone']}**, forward and backward of the backbone's part beside full fine-tuning"
         text.append(f"{title}\n\n{common.markdown(('method', 'time / full'), rows)}")
     if not text:

@@ -17,7 +17,8 @@ MLP, the two low-rank projections, adapters side by side along the highway, inhe
 trainable norms in front of the neck; these sizes give its printed counts (1.20M, 1.79M) to the last digit, which does
 not prove the structure. What it leaves open are hyper-parameters: ``start`` (what the state begins as), ``skip``
 (whether the backbone's own features are added where they are read out) and ``tap`` (a branch's result before or after
-it is added to the residual stream). Without ``skip`` and with an empty start, U1 starts at random.
+it is added to the residual stream). A benchmark (docs/dense.md) found none of the eight clearly better than the others.
+Without ``skip`` and with an empty start, U1 starts at random.
 
 A backbone without attention and MLP roles (ConvNeXt) has one tap for each residual branch. A plain ViT has no
 down-sampling: one highway of one scale. Layouts: tokens, (B, H, W, C) and (B, C, H, W). Gradient checkpointing is
