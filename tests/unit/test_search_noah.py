@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,15 +30,6 @@ from refold.training.inference import start_accelerator
 from refold.training.tasks import Regression, plain_task
 from refold.training.trainer import Trainer
 from zoo import build, images, perturb, relative
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 MAXIMA = {
     "VPT": refold.VPT(tokens=4),

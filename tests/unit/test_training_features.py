@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,6 @@ from refold.training.trainer import trained_tensors
 SIDE, TRAINED, VALIDATED = 32, 20, 7
 SIZE = Preprocessing(size=(SIDE, SIDE))
 RECIPE = Recipe(epochs=3, batch_size=8, lr=5e-3, warmup_epochs=0, attention="default", precision="fp32")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pixels(count: int, seed: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ from refold.training.trainer import trained_tensors
 
 SIZE = Preprocessing(size=(32, 32))
 RECIPE = Recipe(epochs=4, batch_size=8, lr=5e-3, attention="default", precision="bf16")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pictures(n: int, seed: int = 0) -> tuple[Any, Tensor]:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,6 @@ from refold.errors import DataError, RefoldError
 from refold.training import TrainConfig, TrainResult, evaluate, train
 
 STEPS = 3  # of an epoch: 24 training images, 8 a step
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """A test's bits must not depend on how many threads the machine offers, and tiny models run faster on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

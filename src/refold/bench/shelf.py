@@ -104,7 +104,7 @@ class Shelf:
         model = survey.model
         try:
             plan = method.plan(survey)
-        except (RuntimeError, NotImplementedError):  # torch's, for asking a tensor without values for one
+        except RuntimeError:  # torch's, for asking a tensor without values for one
             plan = method.plan(self.survey(backbone, filled=True))
         adapters = build_adapters(model, Prepared(_NAME, method, plan, (), (), (), survey.example))
         trained = [p for adapter in adapters.values() for p in adapter.parameters()]
