@@ -39,6 +39,8 @@ def _work(rank: int, port: int, runs: tuple[Callable[[int], None], ...]) -> None
     try:
         for run in runs:
             run(rank)
+        if dist.is_initialized():
+            dist.barrier()  # a process that leaves while the other one still exchanges may abort
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
