@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import refold
@@ -105,6 +106,18 @@ def test_methods_lists_all_with_what_they_cost() -> None:
     assert shelf_row(done.stdout, "BitFit")[2:] == [
         *("102,912", "in place", "none", "language, classification", "arXiv 2106.10199")
     ]
+
+
+def test_a_launched_process_leaves_the_others_when_all_went_well() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert run("methods", "nothing", cwd=Path.cwd()).returncode == 1
+        assert dist.is_initialized()  # the others may be waiting for it, and leaving would wait for them
+        assert run("methods", "LoRA", cwd=Path.cwd()).returncode == 0
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_methods_leaves_out_what_it_cannot_count(monkeypatch: pytest.MonkeyPatch) -> None:

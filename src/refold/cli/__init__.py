@@ -51,3 +51,17 @@ def main() -> None:
     except RefoldError as problem:
         error(str(problem))
         sys.exit(1)
+    except SystemExit as end:
+        if not end.code:
+            _leave_the_others()
+        raise
+
+
+def _leave_the_others() -> None:
+    """End the connections to the launch's other processes, which torch asks for before the interpreter ends.
+
+    Not after an error: the others may be waiting for this process, and so would it for them.
+    """
+    torch = sys.modules.get("torch")  # not loaded for that: most commands' help needs it not
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

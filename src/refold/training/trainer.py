@@ -155,6 +155,8 @@ class Trainer:
                 start = time.perf_counter()
                 with sharded(self.model, self.accelerator):
                     self._train_epoch(wrapped, bars)
+                if several:
+                    self._share_buffers()
                 self.epoch += 1
                 self._validate()
                 self.seconds += time.perf_counter() - start
@@ -185,6 +187,18 @@ class Trainer:
         mean = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
         rate = self.optimizer.param_groups[0]["lr"]
         self._log("train", {"loss": float(mean), "lr": rate}, first + self.steps, start)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _share_buffers(self) -> None:
+        """Give every process the first one's running statistics.
+
+        DistributedDataParallel does so before each step, which leaves those of the last one different: each process
+        would judge a model of its own, and none but the first the one that is saved.
+        """
+        for buffer in self.model.buffers():
+            whole = buffer.contiguous()
+            torch.distributed.broadcast(whole, src=0)
+            buffer.copy_(whole)
 
     def _begin_epoch(self, seed: int) -> tuple[list[Tensor], dict[str, Any] | None]:
         """The losses that the epoch has already and the problem's state, with torch's random states as they belong."""
