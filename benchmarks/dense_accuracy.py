@@ -182,20 +182,36 @@ def runs(only: list[str], stamps: Path) -> None:
 # --- the page -------------------------------------------------------------------------------------------
 
 
-def report() -> None:
-    """Write what is finished into ``docs/dense.md``."""
+def records() -> list[dict[str, Any]]:
+    """Every finished run, with its ``test`` metrics if it is scored, else None there."""
     paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.endswith(".test.json")]
-    records = [json.loads(path.read_text()) for path in paths]
-    for path, record in zip(paths, records, strict=True):
+    found = [json.loads(path.read_text()) for path in paths]
+    for path, record in zip(paths, found, strict=True):
         tested = path.with_suffix(".test.json")
         record["test"] = json.loads(tested.read_text()) if tested.exists() else None
+    return found
+
+
+def finals(found: list[dict[str, Any]], setting: str) -> dict[str, list[dict[str, Any]]]:
+    """The scored runs of each method of which all seeds are there."""
+    mine = {
+        name: [r for r in found if (r["setting"], r["method"]) == (setting, name) and r["test"]] for name in METHODS
+    }
+    return {name: runs for name, runs in mine.items() if len(runs) == len(SEEDS)}
+
+
+def spread(runs: list[dict[str, Any]], metric: str) -> str:
+    """Mean and standard deviation on test, in percent."""
+    tests = [r["test"][metric] for r in runs]
+    return f"{_percent(statistics.mean(tests))} ± {_percent(statistics.stdev(tests))}"
+
+
+def report() -> None:
+    """Write what is finished into ``docs/dense.md``."""
+    everything = records()
     text = []
     for setting, chosen in SETTINGS.items():
-        rows = []
-        for name in METHODS:
-            mine = [r for r in records if (r["setting"], r["method"]) == (setting, name) and r["test"]]
-            if len(mine) == len(SEEDS):
-                rows.append(_row(name, mine, chosen.metric))
+        rows = [_row(name, runs, chosen.metric) for name, runs in finals(everything, setting).items()]
         if rows:
             sets = f"{chosen.task}, {chosen.decoder}, {chosen.image_size} px, {chosen.epochs} epochs"
             header = (
@@ -209,7 +225,7 @@ def report() -> None:
             text.append(f"**{setting}** ({sets})\n\n{common.markdown(header, rows)}")
     metric = SETTINGS[CHOICES_ON].metric
     found: dict[tuple[str, str, str], dict[float, float]] = {}
-    for r in records:
+    for r in everything:
         if r["method"].startswith("E3VA-"):
             start, skip, tap = (str(r["described"][field]) for field in ("start", "skip", "tap"))
             found.setdefault((start, skip, tap), {})[r["lr"]] = r["val"][metric]
@@ -227,12 +243,11 @@ def report() -> None:
 
 
 def _row(name: str, mine: list[dict[str, Any]], metric: str) -> tuple[str, ...]:
-    tests = [r["test"][metric] for r in mine]
-    vals = [r["val"][metric] for r in mine]
-    spread = f"{_percent(statistics.mean(tests))} ± {_percent(statistics.stdev(tests))}"
-    seconds = f"{statistics.mean(r['seconds'] for r in mine):.0f}"
+    val, seconds = (
+        statistics.mean(values) for values in zip(*((r["val"][metric], r["seconds"]) for r in mine), strict=True)
+    )
     parameters, rate = f"{mine[0]['adapter_parameters']:,}", f"{mine[0]['lr']:g}"
-    return name, parameters, spread, _percent(statistics.mean(vals)), rate, seconds
+    return name, parameters, spread(mine, metric), _percent(val), rate, f"{seconds:.0f}"
 
 
 def _percent(value: float) -> str:

