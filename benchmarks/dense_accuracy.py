@@ -243,9 +243,8 @@ def report() -> None:
 
 
 def _row(name: str, mine: list[dict[str, Any]], metric: str) -> tuple[str, ...]:
-    val, seconds = (
-        statistics.mean(values) for values in zip(*((r["val"][metric], r["seconds"]) for r in mine), strict=True)
-    )
+    val = statistics.mean(r["val"][metric] for r in mine)
+    seconds = statistics.mean(r["seconds"] for r in mine)
     parameters, rate = f"{mine[0]['adapter_parameters']:,}", f"{mine[0]['lr']:g}"
     return name, parameters, spread(mine, metric), _percent(val), rate, f"{seconds:.0f}"
 

@@ -41,7 +41,7 @@ def adapted(model: nn.Module, method: refold.Method, *shape: int) -> nn.Module:
 
 
 @contextmanager
-def held(model: nn.Module, inside: nn.Module, x: Tensor) -> Iterator[threading.Event]:
+def held(model: nn.Module, inside: nn.Module, x: Tensor) -> Iterator[None]:
     """Another thread is in a forward of ``model`` until the block ends, which checks its output."""
     expected = model(x)
     there, go = threading.Event(), threading.Event()
@@ -56,7 +56,7 @@ def held(model: nn.Module, inside: nn.Module, x: Tensor) -> Iterator[threading.E
         assert there.wait(60)
         handle.remove()
         try:
-            yield go
+            yield
         finally:
             go.set()
         assert torch.equal(running.result(), expected)
