@@ -19,7 +19,9 @@ import argparse
 import itertools
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +85,15 @@ CHOICES = [
 CHOICES_ON = "composite-segment"
 
 
-def run(setting: str, name: str, method: refold.Method, lr: float, seed: int, stamps: Path) -> dict[str, Any]:
-    """The record of one training run, made unless it is there."""
+def run(
+    setting: str, name: str, method: refold.Method, lr: float, seed: int, stamps: Path, *, tested: bool = False
+) -> dict[str, Any]:
+    """The record of one training run, made unless it is there; made anew if it is yet to be ``tested`` and its model
+    is gone."""
     key = f"{setting}-{name}-{lr:g}-{seed}"
     path = RESULTS / f"{key}.json"
-    if path.exists():
+    waits = tested and not path.with_suffix(".test.json").exists()
+    if path.exists() and not (waits and not (RUNS / key / "adapter.safetensors").exists()):
         return json.loads(path.read_text())
     result = train(config_of(setting, method, lr, seed, RUNS / key, stamps), resume=True, progress=False)
     backbone = result.model.get_submodule(attached_part(result.model))
@@ -152,31 +158,37 @@ def test(record: dict[str, Any], stamps: Path) -> dict[str, float]:
     return json.loads(path.read_text())
 
 
-def suite(setting: str, name: str, stamps: Path) -> None:
-    """The grid on validation with seed 0, then every seed on test."""
-    method, grid = METHODS[name]
-    best = grid[0]
-    if len(grid) > 1:
-        tried = {lr: run(setting, name, method, lr, SEEDS[0], stamps) for lr in grid}
-        best = max(tried, key=lambda lr: tried[lr]["val"][SETTINGS[setting].metric])
-    for record in [run(setting, name, method, best, seed, stamps) for seed in SEEDS]:
-        test(record, stamps)
+def share(pieces: dict[str, Callable[[], object]]) -> None:
+    """Do every piece that no other process is at, then wait for those of the others."""
+    for name, make in pieces.items():
+        with common.claim(RUNS, name) as ours:
+            if ours:
+                make()
+    for name in pieces:
+        with common.claim(RUNS, name, wait=True):
+            pass
 
 
 def runs(only: list[str], stamps: Path) -> None:
+    """For each data set the grids on validation with seed 0, then every seed of what they chose on test."""
     for setting in SETTINGS:
         if only and setting not in only:
             continue
-        for name in METHODS:
-            with common.claim(RUNS, f"{setting}-{name}") as ours:
-                if ours:
-                    suite(setting, name, stamps)
-        for method in CHOICES if setting == CHOICES_ON else ():
-            slug = f"E3VA-{method.start}-{'skip' if method.skip else 'alone'}-{method.tap}"
-            with common.claim(RUNS, f"{setting}-{slug}") as ours:
-                if ours:
-                    for lr in ADAPTER:
-                        run(setting, slug, method, lr, SEEDS[0], stamps)
+        grids = [(name, method, lr) for name, (method, grid) in METHODS.items() for lr in grid]
+        if setting == CHOICES_ON:
+            slugs = [f"E3VA-{m.start}-{'skip' if m.skip else 'alone'}-{m.tap}" for m in CHOICES]
+            grids += [(slug, method, lr) for slug, method in zip(slugs, CHOICES, strict=True) for lr in ADAPTER]
+        share({f"{setting}-{one[0]}-{one[2]:g}": partial(run, setting, *one, SEEDS[0], stamps) for one in grids})
+        tested = itertools.product(METHODS, SEEDS)
+        share({f"{setting}-{name}-test-{seed}": partial(final, setting, name, seed, stamps) for name, seed in tested})
+
+
+def final(setting: str, name: str, seed: int, stamps: Path) -> None:
+    """A seed of what the grid chose, scored on test."""
+    method, grid = METHODS[name]
+    tried = {lr: run(setting, name, method, lr, SEEDS[0], stamps) for lr in grid}
+    best = max(tried, key=lambda lr: tried[lr]["val"][SETTINGS[setting].metric])
+    test(run(setting, name, method, best, seed, stamps, tested=True), stamps)
 
 
 # --- the page -------------------------------------------------------------------------------------------
