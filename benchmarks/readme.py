@@ -25,8 +25,9 @@ def results(name: str) -> dict[str, Any] | None:
 def where(content: dict[str, Any]) -> str:
     """The line that says how the numbers were made."""
     known = content["environment"]
+    threads = "1 thread" if known["threads"] == 1 else f"{known['threads']} threads"
     return (
-        f"`{content['command']}`, {known['date'][:10]}, {known['cpu']}, {known['threads']} threads, "
+        f"`{content['command']}`, {known['date'][:10]}, {known['cpu']}, {threads}, "
         f"torch {known['torch']}, timm {known['timm']}"
     )
 
