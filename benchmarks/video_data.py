@@ -28,7 +28,7 @@ from refold.video.motions import make_motions
 
 CACHE = Path(__file__).parent.parent / "runs" / "video-data"
 FOOTAGE = CACHE / "footage"
-CLIPS, FRAMES, SIZE, SEED = (240, 60, 200), 16, 70, 0
+CLIPS, FRAMES, SIZE, SEED = (800, 100, 300), 8, 56, 0
 #: Videos by name, and patterns of mvtb-data's photographs; every place is in one split.
 VIDEOS = {
     "train": ("bikes.mp4", "cup.mp4", "traffic_sequence.mp4"),
@@ -61,16 +61,17 @@ HOW = "See the head of benchmarks/video_data.py for how to get it"
 
 
 def motions(footage: Path = FOOTAGE) -> Path:
-    """The data set, made if it is not there yet: two minutes.
+    """The data set, made if it is not there yet: a minute.
 
     Raises:
         DataError: footage is missing.
     """
-    root = CACHE / f"motions-{SIZE}-{FRAMES}-{sum(CLIPS)}-{SEED}"
+    root = CACHE / f"whole-motions-{SIZE}-{FRAMES}-{sum(CLIPS)}-{SEED}"
     if not root.is_dir():
         found = {split: [*_photographs(split), *_videos(split, footage)] for split in VIDEOS}
         try:
-            make_motions(found, root, clips=CLIPS, frames=FRAMES, size=SIZE, seed=SEED, licence=LICENCE)
+            options = {"frames": FRAMES, "size": SIZE, "seed": SEED, "licence": LICENCE}
+            make_motions(found, root, clips=CLIPS, whole=True, **options)
         except DataError:
             if not root.is_dir():  # else another process was quicker
                 raise

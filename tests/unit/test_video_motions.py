@@ -99,11 +99,12 @@ def moved(frame: np.ndarray, flow) -> np.ndarray:
 
 
 @pytest.mark.parametrize("motion", sorted(FLOWS))
-def test_things_move_as_the_class_says(motion):
+@pytest.mark.parametrize(("whole", "extent"), [(False, (142, 176)), (True, (28, 34))])
+def test_things_move_as_the_class_says(motion, whole, extent):
     draw = np.random.default_rng(5)
     noise = torch.rand(1, 3, 18, 22, generator=torch.Generator().manual_seed(1))
-    footage = 255 * torch.nn.functional.interpolate(noise, size=(142, 176), mode="bicubic").clamp(0, 1)
-    clip = render(footage, view_path(motion, 8, (142, 176), 64, 0.0, draw), 64).float().mean(1).numpy()
+    footage = 255 * torch.nn.functional.interpolate(noise, size=extent, mode="bicubic").clamp(0, 1)
+    clip = render(footage, view_path(motion, 8, extent, 64, 0.0, draw, whole), 64).float().mean(1).numpy()
     errors = {
         name: np.nanmean([(moved(a, flow) - b) ** 2 for a, b in itertools.pairwise(clip)])
         for name, flow in FLOWS.items()
@@ -124,8 +125,9 @@ def test_a_shaking_view_goes_nowhere_and_a_still_one_stays():
 
 
 def test_a_motion_and_its_opposite_go_the_same_ways():
-    for one, other in (("pan_left", "pan_right"), ("zoom_in", "zoom_out"), ("turn_left", "turn_right")):
-        forth, back = (view_path(m, 5, (220, 300), 100, 0.0, np.random.default_rng(9)) for m in (one, other))
+    pairs = (("pan_left", "pan_right"), ("zoom_in", "zoom_out"), ("turn_left", "turn_right"))
+    for (one, other), (whole, extent) in itertools.product(pairs, ((False, (220, 300)), (True, (40, 54)))):
+        forth, back = (view_path(m, 5, extent, 100, 0.0, np.random.default_rng(9), whole) for m in (one, other))
         for here, there in zip(forth, reversed(back), strict=True):
             values = [(v.x, v.y, v.side, v.angle) for v in (here[0], there[0])]
             np.testing.assert_allclose(values[0], values[1], rtol=1e-9)
@@ -148,6 +150,24 @@ def test_exposure_blurs_along_the_way():
     path = [[View(x=35 + dx, y=35, side=32, angle=0) for dx in (-2, -1, 0, 1, 2)]]
     (frame,) = render(edge, path, 32)
     assert frame[0, 0, 13:19].tolist() == [0, 51, 102, 153, 204, 255]  # the edge at five places, on average
+
+
+def test_whole_footage_is_a_picture_before_grey():
+    (frame,) = render(torch.full((1, 3, 8, 12), 255.0), [[View(x=6, y=4, side=20, angle=0)]], 20)
+    expected = torch.full((20, 20), 114)
+    expected[6:14, 4:16] = 255
+    assert frame[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("motion", sorted(MOTIONS))
+def test_whole_footage_stays_in_view(motion):
+    for seed in range(200):
+        extent = ((54, 54), (35, 54), (54, 44))[seed % 3]
+        footage = torch.full((1, 3, *extent), 255.0)
+        path = view_path(motion, 4, extent, 100, 0.5, np.random.default_rng(seed), whole=True)
+        areas = (render(footage, path, 100)[:, 0].float() - 114).sum((1, 2)) / (255 - 114)
+        sides = torch.tensor([np.mean([view.side for view in exposure]) for exposure in path])
+        assert (areas / (extent[0] * extent[1] * (100 / sides) ** 2)).min() > 0.99
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ A clip is what a camera would see that moves over a photograph, or over a video 
 whose place, side and angle follow the motion of the clip's class, :data:`MOTIONS`. Every class is made from every piece
 of footage about equally often, and where a motion and its opposite are two classes, the camera of one goes the ways of
 the other's backwards. So neither the footage nor the set of a clip's frames, without their order, tells these apart:
-what looks at single frames can at best tell from the blur of the exposure along which axis the camera moves.
+what looks at single frames can at best tell along which axis the camera moves, from the blur of the exposure; or, where
+the camera sees the footage ``whole``, from where that is in each frame.
 
 The footage is split, not the clips: no test clip shows footage that was trained on. Written as H.264 in MP4, a folder
 for each split and in it one for each class, which :func:`refold.train` reads with ``task="video"``; what each clip is
@@ -52,6 +53,11 @@ _PAN, _ZOOM, _TURN = (0.3, 0.5), (math.log(1.4), math.log(2.0)), (20.0, 40.0)  #
 _SHAKE = 0.12  # how far a shaken view is from its place at most, in its sides
 _SIDE, _TILT = (1.1, 1.3), 10.0  # the mean view: its side in those of the clip; degrees to either side
 _ROOM = 2.2  # short side of the scaled footage, in sides of the clip: the largest motion of each kind fits into it
+_PICTURE, _WAY = (
+    0.58,
+    0.75,
+)  # whole footage: its scaled long side, in sides of the clip; how much of a pan it leaves room
+_GROUND = 114.0  # what is around it: grey
 _EXPOSURES = 5  # instants that a frame's exposure is the mean of
 #: A constant rate factor of 17 or 18 counts as visually lossless. x264's macroblock tree reads memory nobody wrote:
 #: with it the same frames give other files.
@@ -83,6 +89,7 @@ def make_motions(
     size: int = 112,
     fps: int = 15,
     shutter: float = 0.5,
+    whole: bool = False,
     seed: int = 0,
     licence: str = "",
 ) -> Path:
@@ -96,6 +103,8 @@ def make_motions(
         size: height and width, an even number of pixels.
         shutter: share of the time between two frames that each is exposed, which blurs what moves; 0 for none, 0.5 is
             usual in film.
+        whole: the camera sees the footage as a picture before a grey ground, so that single frames show where it is,
+            instead of a part of it that fills the frame.
         seed: of all that is drawn; the same seed gives the same clips.
         licence: terms of the footage, kept in ``motions.json``.
 
@@ -124,33 +133,45 @@ def make_motions(
             def make(i: int, jobs: list = jobs, made: list = made) -> None:
                 split, name, number, path, clip_seed = jobs[i]
                 file = f"{split}/{name}/{number:04d}.mp4"
-                pixels, facts = _clip(name, path, frames, size, shutter, np.random.default_rng(clip_seed))
+                pixels, facts = _clip(name, path, frames, size, shutter, whole, np.random.default_rng(clip_seed))
                 (folder.root / file).parent.mkdir(parents=True, exist_ok=True)
                 _write(folder.root / file, pixels, fps)
                 made[i] = {"file": file, "motion": name, "footage": path.name, **facts}
 
             for_each(make, len(jobs), f"making {split} clips")
             rows += made
-        facts = {"seed": seed, "frames": frames, "size": size, "fps": fps, "shutter": shutter, "licence": licence}
-        (folder.root / "motions.json").write_text(json.dumps({**facts, "clips": rows}, indent=1) + "\n")
+        facts = {"seed": seed, "frames": frames, "size": size, "fps": fps, "shutter": shutter, "whole": whole}
+        told = {**facts, "licence": licence, "clips": rows}
+        (folder.root / "motions.json").write_text(json.dumps(told, indent=1) + "\n")
     return Path(root)
 
 
 def view_path(
-    motion: str, frames: int, footage: tuple[int, int], size: int, shutter: float, draw: np.random.Generator
+    motion: str,
+    frames: int,
+    footage: tuple[int, int],
+    size: int,
+    shutter: float,
+    draw: np.random.Generator,
+    whole: bool = False,
 ) -> list[list[View]]:
     """Where the camera looks in each frame: one view for every instant of its exposure.
 
     Args:
         motion: key of :data:`MOTIONS`.
         frames: of the clip.
-        footage: height and width in pixels; the short side is about 2.2 times ``size``.
+        footage: height and width in pixels; the short side is about 2.2 times ``size``, or of ``whole`` footage the
+            long one 0.54 times.
         size: of the clip, in pixels.
-        shutter: see :func:`make_motions`.
+        shutter, whole: see :func:`make_motions`.
         draw: gives the amounts and the place.
+
+    Raises:
+        DataError: the views do not fit into the footage, or ``whole`` footage not into the views.
     """
     right, down, grows, turns = MOTIONS[motion]
     pan, zoom, turn = (float(draw.uniform(*bounds)) for bounds in (_PAN, _ZOOM, _TURN))
+    pan *= _WAY if whole else 1.0
     side, tilt = size * float(draw.uniform(*_SIDE)), float(draw.uniform(-_TILT, _TILT))
     steps = np.arange(frames)[:, None] + np.linspace(-0.5, 0.5, _EXPOSURES)[None] * shutter
     shaken = np.zeros((2, *steps.shape))
@@ -161,10 +182,14 @@ def view_path(
     progress = (steps + shutter / 2) / (frames - 1 + shutter) - 0.5
     x, y = shaken + pan * side * np.array([right, down])[:, None, None] * progress
     sides, angles = side * np.exp(zoom * grows * progress), tilt + turn * turns * progress
-    turned = np.radians(angles)
-    reach = sides / 2 * (np.abs(np.cos(turned)) + np.abs(np.sin(turned)))  # half the width of what a turned view covers
-    for offsets, extent in ((x, footage[1]), (y, footage[0])):
-        low, high = float((reach - offsets).max()), float((extent - reach - offsets).min())
+    cos, sin = np.abs(np.cos(np.radians(angles))), np.abs(np.sin(np.radians(angles)))
+    for offsets, extent, across in ((x, footage[1], footage[0]), (y, footage[0], footage[1])):
+        if whole:  # a view is turned around its middle: what is this far off in both directions is still inside
+            slack = (sides - extent * cos - across * sin) / 2 / (cos + sin)
+            low, high = float((-slack - offsets).max()) + extent / 2, float((slack - offsets).min()) + extent / 2
+        else:
+            reach = sides / 2 * (cos + sin)  # half the width of what a turned view covers
+            low, high = float((reach - offsets).max()), float((extent - reach - offsets).min())
         if low > high:
             raise DataError(f"footage of {footage[0]}x{footage[1]} pixels has no room for this motion", where=motion)
         offsets += draw.uniform(low, high)
@@ -173,7 +198,7 @@ def view_path(
 
 
 def render(footage: Tensor, views: Sequence[Sequence[View]], size: int) -> Tensor:
-    """What a camera sees: for each frame the mean over its exposure.
+    """What a camera sees: for each frame the mean over its exposure. Around the footage it sees grey.
 
     Args:
         footage: (T, 3, H, W) in [0, 255], or (1, 3, H, W) for a photograph.
@@ -187,7 +212,7 @@ def render(footage: Tensor, views: Sequence[Sequence[View]], size: int) -> Tenso
     height, width = footage.shape[2:]
     grid = (torch.arange(size) + 0.5) / size - 0.5
     down, right = torch.meshgrid(grid, grid, indexing="ij")
-    source = footage.expand(len(views), -1, -1, -1)
+    source = footage.expand(len(views), -1, -1, -1) - _GROUND
     total = torch.zeros(len(views), 3, size, size)
     for instant in table.unbind(1):
         x, y, side, angle = instant.T[:, :, None, None]
@@ -195,12 +220,12 @@ def render(footage: Tensor, views: Sequence[Sequence[View]], size: int) -> Tenso
         across = x + side * (cos * right - sin * down)
         along = y + side * (sin * right + cos * down)
         places = torch.stack((2 * across / width - 1, 2 * along / height - 1), dim=-1)
-        total += F.grid_sample(source, places, mode="bilinear", padding_mode="border", align_corners=False)
-    return (total / table.shape[1]).round().clamp(0, 255).to(torch.uint8)
+        total += F.grid_sample(source, places, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return (total / table.shape[1] + _GROUND).round().clamp(0, 255).to(torch.uint8)
 
 
 def _clip(
-    motion: str, path: Path, frames: int, size: int, shutter: float, draw: np.random.Generator
+    motion: str, path: Path, frames: int, size: int, shutter: float, whole: bool, draw: np.random.Generator
 ) -> tuple[Tensor, dict[str, object]]:
     """One clip's frames, and what it is made from."""
     start = 0
@@ -212,10 +237,10 @@ def _clip(
             pixels = video.read(range(start, start + frames)).float()
     else:
         pixels = torch.from_numpy(np.array(decode(str(path), 3))).permute(2, 0, 1)[None].float()
-    scale = _ROOM * size / min(pixels.shape[2:])
+    scale = _PICTURE * size / max(pixels.shape[2:]) if whole else _ROOM * size / min(pixels.shape[2:])
     room = (math.ceil(pixels.shape[2] * scale), math.ceil(pixels.shape[3] * scale))
     pixels = F.interpolate(pixels, size=room, mode="bicubic", antialias=True).clamp(0, 255)
-    views = view_path(motion, frames, room, size, shutter, draw)
+    views = view_path(motion, frames, room, size, shutter, draw, whole)
     ends = [asdict(row[len(row) // 2]) for row in (views[0], views[-1])]
     return render(pixels, views, size), {"start": start, "first_view": ends[0], "last_view": ends[1]}
 
