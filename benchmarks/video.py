@@ -62,10 +62,17 @@ def key(entry: Entry, lr: float, seed: int) -> str:
 
 
 def record(entry: Entry, lr: float, seed: int) -> dict[str, Any] | None:
-    """A finished run, unless the method has other settings by now."""
+    """A finished run, unless the method, the clips or the training are others by now."""
     path = RUNS / f"{key(entry, lr, seed)}.json"
-    found = json.loads(path.read_text()) if path.exists() else None
-    return found if found and found["settings"] == entry.method.to_json() else None
+    found = json.loads(path.read_text()) if path.exists() else {}
+    current = {
+        "settings": entry.method.to_json(),
+        "epochs": EPOCHS,
+        "frames": FRAMES,
+        "size": video_data.SIZE,
+        "clips": list(video_data.CLIPS),
+    }
+    return found if {name: found.get(name) for name in current} == current else None
 
 
 def best(entry: Entry) -> float | None:
