@@ -161,13 +161,24 @@ def test_whole_footage_is_a_picture_before_grey():
 
 @pytest.mark.parametrize("motion", sorted(MOTIONS))
 def test_whole_footage_stays_in_view(motion):
-    for seed in range(200):
-        extent = ((54, 54), (35, 54), (54, 44))[seed % 3]
+    for seed, (size, extent) in enumerate(30 * [(100, (54, 54)), (100, (35, 54)), (100, (54, 44)), (16, (9, 9))]):
         footage = torch.full((1, 3, *extent), 255.0)
-        path = view_path(motion, 4, extent, 100, 0.5, np.random.default_rng(seed), whole=True)
+        path = view_path(motion, 4, extent, size, 0.5, np.random.default_rng(seed), whole=True)
         areas = (render(footage, path, 100)[:, 0].float() - 114).sum((1, 2)) / (255 - 114)
         sides = torch.tensor([np.mean([view.side for view in exposure]) for exposure in path])
         assert (areas / (extent[0] * extent[1] * (100 / sides) ** 2)).min() > 0.99
+
+
+def test_square_footage_is_made_whole(tmp_path):
+    """Its tilted corners reach furthest: no draw may leave it without room."""
+    footage = {}
+    for split in ("train", "val", "test"):
+        Image.new("RGB", (90, 90), "white").save(tmp_path / f"{split}.png")
+        footage[split] = [tmp_path / f"{split}.png"]
+    root = make_motions(footage, tmp_path / "set", clips=(600, 10, 10), frames=2, size=16, whole=True)
+    told = json.loads((root / "motions.json").read_text())
+    assert told["whole"] is True
+    assert len(told["clips"]) == 620
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,8 @@ _PAN, _ZOOM, _TURN = (0.3, 0.5), (math.log(1.4), math.log(2.0)), (20.0, 40.0)  #
 _SHAKE = 0.12  # how far a shaken view is from its place at most, in its sides
 _SIDE, _TILT = (1.1, 1.3), 10.0  # the mean view: its side in those of the clip; degrees to either side
 _ROOM = 2.2  # short side of the scaled footage, in sides of the clip: the largest motion of each kind fits into it
-_PICTURE, _WAY = (
-    0.58,
-    0.75,
-)  # whole footage: its scaled long side, in sides of the clip; how much of a pan it leaves room
+_PICTURE = 0.54  # long side of the scaled footage that is seen whole, in sides of the clip
+_WAY = 0.7  # share of a pan that then leaves it in view, however the camera is tilted
 _GROUND = 114.0  # what is around it: grey
 _EXPOSURES = 5  # instants that a frame's exposure is the mean of
 #: A constant rate factor of 17 or 18 counts as visually lossless. x264's macroblock tree reads memory nobody wrote:
