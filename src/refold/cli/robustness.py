@@ -33,7 +33,7 @@ def robustness(
 
     Example: refold robustness runs/repadapter runs/lora -o robustness.json
 
-    Example: refold robustness runs/a --corruptions gaussian_noise,jpeg --severities 3
+    Example: refold robustness runs/a --corruptions gaussian_noise,motion_blur,fog --severities 3
     """
     from refold.protocols import examine
     from refold.report.protocols import pairs_grid, robustness_grid
