@@ -38,6 +38,7 @@ __all__ = [
     "head_paths",
     "is_attached",
     "param_groups",
+    "put_in_use",
     "trainable_parameters",
 ]
 
@@ -92,7 +93,9 @@ def install(model: nn.Module, prepared: Prepared) -> nn.Module:
     adapters = build_adapters(model, prepared)
     drop_compiled()
     state = state_of(model)
-    if state is None:
+    if state is not None:
+        _require_hosted(model, state, state.active)
+    else:
         state = State(prepared.example, {n: p.requires_grad for n, p in model.named_parameters()})
         store_state(model, state)
     for key in prepared.owned:
@@ -139,7 +142,7 @@ def _prove(model: nn.Module, state: State, prepared: Prepared, previous: str | N
             raise SiteError("its adapter was not in the path of a forward", where=idle[0], remedy="Choose other sites")
         require_unseen(model, prepared.plan.sites, prepared.example.map(lambda t: t.to(device)))
     except SiteError as error:
-        _activate(model, state, previous)
+        put_in_use(model, state, previous)
         hosting.unhost(model, prepared.name)
         del state.records[prepared.name]
         if not state.records:
@@ -152,15 +155,19 @@ def activate(model: nn.Module, name: str) -> None:
     """Make the adapter called ``name`` the one in use: its sites, its head, its statistics; it alone trains.
 
     Raises:
-        SiteError: unknown name, or the model is merged (use :func:`refold.switch`).
+        SiteError: unknown name, a layer with an adapter was replaced since, or the model is merged (use
+            :func:`refold.switch`).
     """
     state = require_state(model, "activate")
     if state.merged is not None:
         raise SiteError(f"adapter {state.merged!r} is merged", where="activate", remedy="Use refold.switch")
-    _activate(model, state, name)
+    for key in (state.active, name):
+        _require_hosted(model, state, key)
+    put_in_use(model, state, name)
 
 
-def _activate(model: nn.Module, state: State, name: str | None) -> None:
+def put_in_use(model: nn.Module, state: State, name: str | None) -> None:
+    """What :func:`activate` does; None leaves the backbone alone, frozen."""
     record = None if name is None else state.record(name)
     exchange_owned(model, state, name)
     state.active = name
@@ -178,6 +185,21 @@ def _activate(model: nn.Module, state: State, name: str | None) -> None:
         drop_compiled()
 
 
+def _require_hosted(model: nn.Module, state: State, name: str | None) -> None:
+    """Raise :class:`SiteError` if a layer that belongs to the adapter called ``name`` was replaced or removed since."""
+    if name is None:
+        return
+    record = state.record(name)
+    hosting.adapters_of(model, record.sites, name)
+    gone = next((key for key in record.owned if get_tensor(model, key) is None), None)
+    if gone is not None:
+        raise SiteError(
+            f"its layer was replaced or removed after adapter {name!r} was attached",
+            where=gone,
+            remedy=hosting.REATTACH,
+        )
+
+
 def exchange_owned(model: nn.Module, state: State, name: str | None) -> None:
     """Park the outgoing adapter's values of the backbone's tensors and bring in those of ``name``."""
     outgoing = state.active or state.merged
@@ -188,10 +210,11 @@ def exchange_owned(model: nn.Module, state: State, name: str | None) -> None:
         old.values = {}
         for key in old.owned:
             tensor = get_tensor(model, key)
-            if tensor is not None:
-                # A head of another size cannot share the backbone's parameter: it is kept as the object it is.
-                same = tensor.shape == state.base[key].shape
-                old.values[key] = tensor.detach().clone() if same else tensor
+            if tensor is None:  # its layer was replaced: the new one stays
+                continue
+            # A head of another size cannot share the backbone's parameter: it is kept as the object it is.
+            same = tensor.shape == state.base[key].shape
+            old.values[key] = tensor.detach().clone() if same else tensor
             set_tensor(model, key, state.base[key])
     if name is not None:
         new = state.records[name]
@@ -203,6 +226,8 @@ def exchange_owned(model: nn.Module, state: State, name: str | None) -> None:
 def detach(model: nn.Module) -> nn.Module:
     """Take every adapter off: the untouched backbone back, bit for bit, head included. Returns ``model``.
 
+    Layers that were replaced while it was attached stay as they are.
+
     Raises:
         SiteError: nothing is attached.
         MergeError: the model is merged and its base weights were not kept, or were changed since.
@@ -212,7 +237,7 @@ def detach(model: nn.Module) -> nn.Module:
         from refold.merging import unmerge
 
         unmerge(model)
-    _activate(model, state, None)
+    put_in_use(model, state, None)
     hosting.unhost(model)
     drop_compiled()
     for key, parameter in model.named_parameters():
@@ -235,12 +260,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     if state.merged is not None:
         raise SiteError(f"adapter {state.merged!r} is merged", where="disabled", remedy="Call refold.unmerge first")
     name = state.active
+    _require_hosted(model, state, name)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    _activate(model, state, None)
+    put_in_use(model, state, None)
     try:
         yield model
     finally:
-        _activate(model, state, name)
+        put_in_use(model, state, name)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(flags.get(key, parameter.requires_grad))
 
@@ -269,11 +295,13 @@ def param_groups(
         weight_decay: for parameters of two or more dimensions.
 
     Raises:
-        SiteError: nothing is attached, or adapters are on several parts.
+        SiteError: nothing is attached, adapters are on several parts, or a layer with one was replaced since.
     """
     part = attached_part(model)
     backbone = model.get_submodule(part)
-    record = require_state(backbone, "make parameter groups", sharded=True).record()
+    state = require_state(backbone, "make parameter groups", sharded=True)
+    record = state.record()
+    _require_hosted(backbone, state, state.active)
     inside = [tensor_name(part, name) for name, _ in backbone.named_parameters()]
     in_head = {tensor_name(part, name) for name in (parameters_under(backbone, record.head) if record.head else ())}
     body = set(inside) - in_head

@@ -37,7 +37,8 @@ def fold_all(model: nn.Module, record: Record, adapters: dict[str, Adapter]) -> 
         op = KINDS[site.kind].operator(layer)
         weight_name, bias_name = tensor_name(site.path, op.weight), tensor_name(site.path, op.bias)
         weight, bias = current(weight_name), folds.get(bias_name)
-        assert weight is not None
+        if weight is None:
+            raise MergeError(hosting.NO_WEIGHT, where=site.path, remedy=hosting.KEEP_WEIGHT)
         if bias is None and (present := get_tensor(model, bias_name)) is not None:
             bias = to_float64(present)
         adapter = adapters[site.key]

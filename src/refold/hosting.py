@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from refold.perturbation import Noise
 
 __all__ = [
+    "KEEP_WEIGHT",
+    "NO_WEIGHT",
+    "REATTACH",
     "SLOT",
     "Slot",
     "activate_slots",
@@ -47,6 +50,11 @@ __all__ = [
 
 #: Name of the child that holds a layer's adapters; state-dict keys read ``<layer>.refold.<adapter>.<parameter>``.
 SLOT = "refold"
+#: Why a layer that had a weight when the adapter was attached may have none, and what helps.
+NO_WEIGHT = "its weight is no parameter of its own any more: it was pruned or parametrized after the attach"
+KEEP_WEIGHT = "Make that permanent (prune.remove, parametrize.remove_parametrizations), or do it before the attach"
+#: What helps where layers changed under an adapter.
+REATTACH = "Change the model first and attach then; refold.detach takes off what is left"
 #: In the ``__dict__`` of a module that reads adapted weights itself: the paths below it of the layers they belong to.
 _SHADOWED = "_refold_shadowed"
 #: And the thread that does.
@@ -145,8 +153,7 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         kind = KINDS[site.kind]
         op = kind.operator(layer)
         if isinstance(adapter, WeightAdapter):
-            frozen, bias = layer._parameters[op.weight], layer._parameters.get(op.bias)
-            assert frozen is not None
+            frozen, bias = _stored(layer, op, site), layer._parameters.get(op.bias)
             weight = partial(fold_weight, op, frozen, bias, adapter.reparameterize)
             if site.owner is None:
                 x = args[0] if args else kwargs["input"]
@@ -162,9 +169,8 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
             output = adapter(output) if noise is None else noise.around(adapter, output, channel_dim=op.channel_dim)
         elif _shifts_after(layer, adapter):
             shift = adapter.shift()
-            present = weight()[0] if weight is not None else layer._parameters[op.weight]
+            present = weight()[0] if weight is not None else _stored(layer, op, site)
             assert shift is not None
-            assert present is not None
             moved = input_shift(op, present.to(shift.dtype), shift).reshape(-1, *[1] * (-op.channel_dim - 1))
             if slot.noise is not None:
                 moved = moved * slot.noise.factors(output, op.channel_dim)
@@ -186,8 +192,7 @@ def _shadow(owner: nn.Module, args: tuple[Any, ...]) -> None:
             if site.owner is None:
                 continue
             op = KINDS[site.kind].operator(layer)
-            stored, stored_bias = layer._parameters[op.weight], layer._parameters.get(op.bias)
-            assert stored is not None
+            stored, stored_bias = _stored(layer, op, site), layer._parameters.get(op.bias)
             weight, bias = layer.__dict__.get(op.weight, stored), layer.__dict__.get(op.bias, stored_bias)
             folded, folded_bias = fold_site(op, site, adapter, weight, bias, _as_is)
             layer.__dict__[op.weight] = folded.to(stored.dtype)
@@ -213,6 +218,13 @@ def _drop_shadow(layer: nn.Module) -> Tensor | None:
     op = kind.operator(layer)
     layer.__dict__.pop(op.bias, None)
     return layer.__dict__.pop(op.weight, None)
+
+
+def _stored(layer: nn.Module, op: Operator, site: Site) -> nn.Parameter:
+    weight = layer._parameters.get(op.weight)
+    if weight is None:
+        raise SiteError(NO_WEIGHT, where=site.path, remedy=KEEP_WEIGHT)
+    return weight
 
 
 def _as_is(tensor: Tensor) -> Tensor:
@@ -291,9 +303,23 @@ def nearest_parameter(model: nn.Module, path: str) -> nn.Parameter:
 
 
 def adapters_of(model: nn.Module, sites: Iterable[Site], name: str) -> dict[str, Adapter]:
-    """Site key -> the adapter called ``name`` there."""
-    slots = hosted(model)
-    return {site.key: slots[site.path].at(site, name) for site in sites}
+    """Site key -> the adapter called ``name`` there.
+
+    Raises:
+        SiteError: a host was replaced, removed or copied inside the model since; its adapter went with it.
+    """
+    slots = {path: slot for path, slot in hosted(model).items() if name in slot.sites}
+    found = {site.key: slots[site.path].at(site, name) for site in sites if site.path in slots}
+    missing = next((site.path for site in sites if site.path not in slots), None)
+    added = next(iter(slots.keys() - {site.path for site in sites}), None)
+    if missing is not None or added is not None:
+        verb = "replaced or removed" if missing is not None else "added with a copy of its adapter"
+        raise SiteError(
+            f"a layer was {verb} after adapter {name!r} was attached",
+            where=missing if missing is not None else added,
+            remedy=REATTACH,
+        )
+    return found
 
 
 def unhost(model: nn.Module, name: str | None = None) -> None:

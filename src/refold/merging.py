@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from refold import hosting, kept, quantized
-from refold.attachment import activate, exchange_owned
+from refold.attachment import activate, exchange_owned, put_in_use
 from refold.comparison import LIMITS, compute_dtype, difference, run_probes
 from refold.errors import MergeError, RefoldError
 from refold.folding import fold_all
@@ -75,7 +75,7 @@ def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True, dequa
     Raises:
         MergeError: an adapter does not fold, a folded weight is not finite, or the outputs differ. The model is
             then as it was.
-        SiteError: nothing is attached.
+        SiteError: nothing is attached, or a layer with an adapter was replaced since.
     """
     state = require_state(model, "merge")
     if state.merged is not None:
@@ -85,6 +85,7 @@ def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True, dequa
     assert name is not None
     if not record.method.mergeable:
         raise MergeError(f"{_unfoldable(record)} does not fold into a backbone's weights", remedy="Ship it unmerged")
+    adapters = hosting.adapters_of(model, record.sites, name)
     names = quantized.quantized_weights(model, [record])
     if names and dequantize:
         # All that some attached adapter would fold into, because switching to it then needs no further permission.
@@ -102,7 +103,6 @@ def merge(model: nn.Module, *, check: bool = True, keep_base: bool = True, dequa
         report = merge(quantized.single_precision_copy(model), check=True, keep_base=False)
         check = False
     before = _outputs(model, state) if check else []
-    adapters = hosting.adapters_of(model, record.sites, name)
     folds = fold_all(model, record, adapters)
     _park(model, state)
     _write(model, state, name, folds)
@@ -166,7 +166,7 @@ def unmerge(model: nn.Module) -> None:
             device = hosting.nearest_parameter(model, site.path).device
             hosting.host(model, site, key, record.parked[site.key].to(device))
         record.parked = {}
-    activate(model, name)
+    put_in_use(model, state, name)
 
 
 def switch(model: nn.Module, name: str, *, keep: int = 4) -> None:

@@ -234,7 +234,10 @@ def recompiled_if_replaced(model: nn.Module) -> Iterator[None]:
 def get_tensor(model: nn.Module, name: str) -> Tensor | None:
     """Parameter or buffer by its state-dict name; None if the module has no such tensor."""
     path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
     # Not by attribute: a weight adapter may be shadowing the parameter, see hosting.
     return module._parameters.get(leaf, module._buffers.get(leaf))
 

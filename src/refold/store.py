@@ -46,8 +46,8 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path
 
     Raises:
         SiteError: nothing is attached, or no adapter has this name.
-        StoreError: the path is unsuitable or cannot be written, ``describe`` was given what JSON cannot hold, or
-            the model was merged with ``keep_base=False``.
+        StoreError: the path is unsuitable or cannot be written, ``describe`` was given what JSON cannot hold, the
+            model was merged with ``keep_base=False``, or something trains that belongs to no adapter.
     """
     part = attached_part(model)
     backbone = model.get_submodule(part)
@@ -186,9 +186,25 @@ def from_pretrained(source: str | Path, *, weights: str | Path | None = None, fo
 # -- writing --------------------------------------------------------------------------------------------------
 
 
+def _require_all_recorded(model: nn.Module, state: State) -> None:
+    """Raise :class:`StoreError` for a parameter that trains and that no file would hold."""
+    in_use = state.active or state.merged
+    known = set(state.records[in_use].trainable) if in_use is not None else set()
+    adapters = hosting.adapter_parameters(model)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and key not in known and id(parameter) not in adapters:
+            raise StoreError(
+                "trains, but is no part of the adapter, so the file would not hold it",
+                where=key,
+                remedy="Attach with trainable=[...], or after replacing layers; if it did not change, freeze it "
+                "(requires_grad_(False)); if it did, save model.state_dict()",
+            )
+
+
 def adapter_tensors(model: nn.Module, state: State, record: Record, name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     adapters = record.parked or hosting.adapters_of(model, record.sites, name)
+    _require_all_recorded(model, state)
     for site in own_sites(record.sites):
         for key, value in adapters[site.key].state_dict().items():
             tensors[f"adapter/{site.key}/{key}"] = value
@@ -197,7 +213,12 @@ def adapter_tensors(model: nn.Module, state: State, record: Record, name: str) -
         value = state.unfolded.get(key) if in_use else record.values.get(key, state.base.get(key))
         if value is None:
             value = get_tensor(model, key)
-        assert value is not None
+        if value is None:
+            raise StoreError(
+                f"its layer was replaced or removed after adapter {name!r} was attached",
+                where=key,
+                remedy=hosting.REATTACH,
+            )
         tensors[f"model/{key}"] = value
     return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
 

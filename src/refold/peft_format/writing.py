@@ -63,6 +63,7 @@ def save_peft(model: nn.Module, folder: str | Path, *, name: str | None = None) 
             where=str(folder),
             remedy="Keep refold's own file, or merge and ship plain weights",
         )
+    found = adapter_tensors(model, state, record, chosen)
     for site in record.sites:
         reason = difference(model.get_submodule(site.path))
         if reason is None and site.owner is not None:
@@ -70,7 +71,7 @@ def save_peft(model: nn.Module, folder: str | Path, *, name: str | None = None) 
         if reason is not None:
             raise StoreError(reason, where=site.path, remedy="Use refold.save, or merge and save the merged weights")
     heads = _require_heads(model, record)
-    tensors = _tensors(model, state, record, chosen, heads)
+    tensors = _tensors(model, state, record, found, heads)
     config = json.dumps(_config(method, [site.path for site in record.sites], heads), indent=2)
     target = Path(folder)
     try:
@@ -105,8 +106,9 @@ def _require_heads(model: nn.Module, record: Record) -> tuple[str, ...]:
     return record.head
 
 
-def _tensors(model: nn.Module, state: State, record: Record, name: str, heads: tuple[str, ...]) -> dict[str, Tensor]:
-    found = adapter_tensors(model, state, record, name)
+def _tensors(
+    model: nn.Module, state: State, record: Record, found: dict[str, Tensor], heads: tuple[str, ...]
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for site in record.sites:
         down, up = (found[f"adapter/{site.path}/{part}"] for part in ("down", "up"))
