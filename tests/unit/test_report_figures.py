@@ -145,6 +145,23 @@ def test_ratio_bars_have_their_length_and_interval():
     assert axes.get_xlim()[0] == 0
 
 
+def test_seed_panels_show_every_seed_and_their_mean():
+    panels = {"groups": {"1": [0.5, 0.7], "2": [0.6]}, "scale": {"10": [0.2, 0.4]}, "width": {"8": [0.9]}}
+    figure = figures.seed_panels(panels, label="accuracy")
+    first, second, third, empty = figure.axes
+    assert [axes.get_title() for axes in (first, second, third)] == list(panels)
+    assert not empty.get_visible()
+    assert [tick.get_text() for tick in first.get_yticklabels()] == ["1", "2"]
+    seeds, mean, *others = first.lines
+    assert list(seeds.get_xdata()) == [0.5, 0.7]
+    assert list(mean.get_xdata()) == [pytest.approx(0.6)]
+    assert [list(line.get_ydata()) for line in (seeds, mean, *others)] == [[0, 0], [0], [1], [1]]
+    assert first.get_ylim()[0] > first.get_ylim()[1]  # the first candidate is on top
+    assert first.get_xlim() == second.get_xlim()
+    apart = figures.seed_panels(panels, label="accuracy", shared=False).axes
+    assert apart[0].get_xlim() != apart[1].get_xlim()
+
+
 def test_no_global_state_is_left():
     before = dict(matplotlib.rcParams)
     figures.to_svg(figures.confusion_matrix([[1]], ["only"]), label="one")

@@ -7,6 +7,7 @@ the page's light or dark colours, and :func:`save` writes a file of its own.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "ratio_bars",
     "regression_scatter",
     "save",
+    "seed_panels",
     "to_svg",
 ]
 
@@ -292,6 +294,41 @@ def accuracy_against(
         figure.draw_without_rendering()  # the layout is fixed before names are placed in it
         figure.set_layout_engine("none")
         name_dots(axes, [(point["name"], point[quantity], point["value"]) for point in points])
+        return figure
+
+
+def seed_panels(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], *, label: str, columns: int = 2, shared: bool = True
+) -> Figure:
+    """Scores of several seeds: a panel a comparison, a line a candidate, a small dot a seed, a large one their mean.
+
+    Args:
+        panels: title -> name of the candidate -> its score with each seed, 0 to 1.
+        label: what the scores are, for the axis.
+        columns: panels side by side.
+        shared: whether all panels have one axis; otherwise each has its own.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    rows = math.ceil(len(panels) / columns)
+    tallest = max(len(candidates) for candidates in panels.values())
+    with drawing_style():
+        figure = blank_figure(3.7 * columns, rows * (0.95 + 0.25 * tallest))
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=shared)
+        for index, (axes, (title, candidates)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
+            for height, scores in enumerate(candidates.values()):
+                colour = CYCLE[index % len(CYCLE)]
+                axes.plot(scores, [height] * len(scores), "o", color=colour, alpha=0.4, markersize=4)
+                axes.plot([sum(scores) / len(scores)], [height], "o", color=colour, markersize=7)
+            axes.set_yticks(range(len(candidates)), list(candidates))
+            axes.set_ylim(len(candidates) - 0.5, -0.5)
+            axes.set_title(title)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+            axes.tick_params(labelbottom=True)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel(label, fontsize=9)
         return figure
 
 
