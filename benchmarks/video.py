@@ -235,7 +235,7 @@ Chance is {100 / len(MOTIONS):.0f}.
 {"Test accuracy against the linear probe, in points: " + "; ".join(gains) + "." if gains else ""}
 
 How to read it: a motion and its opposite consist of the same frames in another order. What looks at frames one by one
-and averages, which is the probe, LoRA and RepAdapter here, cannot tell them apart; at most it sees, from where the
+and averages, as the probe and RepAdapter do here, cannot tell them apart; at most it sees, from where the
 picture is in each frame, along which axis the camera moves ("axis alone" counts a motion and its opposite as one
 class). The ST-Adapter mixes frames and can. The footage and the motions are ours: the numbers compare methods, and say
 nothing about SSv2 or Kinetics, which are not here.
