@@ -71,8 +71,9 @@ def record(entry: Entry, lr: float, seed: int) -> dict[str, Any] | None:
         "epochs": EPOCHS,
         "frames": FRAMES,
         "size": video_data.SIZE,
-        "clips": list(video_data.CLIPS),
+        "clips": video_data.CLIPS,
     }
+    current = json.loads(json.dumps(current))  # as a file has it, with lists for tuples
     return found if {name: found.get(name) for name in current} == current else None
 
 
@@ -235,7 +236,7 @@ Chance is {100 / len(MOTIONS):.0f}.
 {"Test accuracy against the linear probe, in points: " + "; ".join(gains) + "." if gains else ""}
 
 How to read it: a motion and its opposite consist of the same frames in another order. What looks at frames one by one
-and averages, as the probe and RepAdapter do here, cannot tell them apart; at most it sees, from where the
+and averages, as all but the ST-Adapter do here, cannot tell them apart; at most it sees, from where the
 picture is in each frame, along which axis the camera moves ("axis alone" counts a motion and its opposite as one
 class). The ST-Adapter mixes frames and can. The footage and the motions are ours: the numbers compare methods, and say
 nothing about SSv2 or Kinetics, which are not here.
