@@ -43,7 +43,7 @@ from refold.store import from_pretrained, load, save
 
 if TYPE_CHECKING:
     from refold.sweeps import run_sweep as sweep
-    from refold.training import predict, train
+    from refold.training import evaluate, predict, train
 
 __version__ = "0.1.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "describe",
     "detach",
     "disabled",
+    "evaluate",
     "explain",
     "from_pretrained",
     "interpolate",
@@ -87,6 +88,7 @@ __all__ += METHODS  # pyright: ignore[reportUnsupportedDunderAll]
 
 _LAZY = {
     "train": ("refold.training", "train"),
+    "evaluate": ("refold.training", "evaluate"),
     "predict": ("refold.training", "predict"),
     "sweep": ("refold.sweeps", "run_sweep"),
 }

@@ -66,6 +66,19 @@ def test_evaluate_prints_the_metrics_of_the_run(place: Path) -> None:
     assert "mIoU" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["seg", "det"])
+def test_scoring_and_predicting_show_how_far_they_are(
+    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    refold.evaluate(name, progress=True)
+    assert "2/2" in capsys.readouterr().err
+    refold.predict(name, "data/images", output=tmp_path / "out", progress=True)
+    assert "8/8" in capsys.readouterr().err
+    refold.evaluate(name)
+    assert capsys.readouterr().err == ""
+
+
 def test_predict_writes_masks_objects_and_overlays(place: Path) -> None:
     done = run("predict", "seg", "data/images/test", "-o", "masks-out", "--flip", cwd=place)
     assert done.returncode == 0, done.stderr

@@ -133,9 +133,14 @@ def test_resuming_knows_the_prompts(place: Path, frozen: TrainResult) -> None:
         train(_config(place, "frozen", freeze_head=True, templates=("a {}",)), resume=True)
 
 
-def test_the_way_from_zero_shot_to_adapted(place: Path, frozen: TrainResult) -> None:
+def test_the_way_from_zero_shot_to_adapted(
+    place: Path, frozen: TrainResult, capsys: pytest.CaptureFixture[str]
+) -> None:
     others = {"others": place / "others"}
-    found = interpolate_run(frozen.output, others=others)
+    found = interpolate_run(frozen.output, others=others, progress=True)
+    shown = capsys.readouterr().err
+    assert "validation images" in shown
+    assert "test images" in shown
     assert len(found.validation) == 11
     assert found.validation[1.0]["accuracy"] == pytest.approx(frozen.metrics["val"]["accuracy"])
     assert found.metrics["test"][1.0]["loss"] == pytest.approx(frozen.metrics["test"]["loss"], rel=1e-4)
@@ -151,7 +156,9 @@ def test_the_way_from_zero_shot_to_adapted(place: Path, frozen: TrainResult) -> 
     expected = refold.interpolate(_zero(place), adapted, found.alpha)
     assert all(torch.equal(found.model.state_dict()[key].cpu(), value) for key, value in expected.items())
     assert type(found.model) is Classifier
+    capsys.readouterr()
     given = interpolate_run(frozen.adapter, 0.5, data=place / "others")
+    assert capsys.readouterr().err == ""
     assert (given.alpha, given.select, given.validation, given.metrics) == (0.5, None, {}, {})
 
 

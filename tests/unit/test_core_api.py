@@ -30,6 +30,7 @@ NAMES = {
     "describe",
     "detach",
     "disabled",
+    "evaluate",
     "explain",
     "from_pretrained",
     "interpolate",

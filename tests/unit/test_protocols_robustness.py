@@ -232,6 +232,11 @@ def test_corrupted_images_are_scored_as_such(place: Path, tmp_path: Path) -> Non
     assert row.corrupted_mean == pytest.approx(sum(sum(v) for v in row.corrupted.values()) / 4)
 
 
+def test_it_shows_how_far_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examine([place / "probe", place / "lora"], corruptions=["contrast"], severities=[1], progress=True)
+    assert "48/48" in capsys.readouterr().err  # 24 images, clean and with one severity of one corruption
+
+
 def test_adapters_that_do_not_go_together_are_refused(place: Path) -> None:
     for sources, reason in (
         ([place / "probe", place / "other"], "its backbone is not that of"),

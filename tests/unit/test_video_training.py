@@ -226,6 +226,13 @@ def test_evaluate_and_predict_agree_with_the_run(colours: TrainResult, root: Pat
     assert one.metrics["loss"] != expected.metrics["loss"]
 
 
+def test_scoring_shows_how_far_it_is(colours: TrainResult, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(colours.output, progress=True)
+    err = capsys.readouterr().err
+    assert "videos" in err
+    assert "4/4" in err
+
+
 def test_a_file_says_how_videos_are_seen(colours: TrainResult, root: Path, tmp_path: Path) -> None:
     clip = torch.randn(2, 4, 3, 32, 32, generator=seeded(0))
     model = refold.from_pretrained(colours.adapter, weights=root / "backbone.safetensors")

@@ -130,12 +130,10 @@ def interpolate(
     from refold.training.zeroshot import interpolate_run
 
     try:
-        with console.status("", spinner="dots") as status:
-            found = interpolate_run(
-                adapter, alpha, data=data, others=parse_pairs(other or [], "--other"), weights=weights, force=force,
-                batch_size=batch_size, workers=workers,
-                on_step=lambda name, at: status.update(f"{name}, alpha {at:g}"),
-            )  # fmt: skip
+        found = interpolate_run(
+            adapter, alpha, data=data, others=parse_pairs(other or [], "--other"), weights=weights, force=force,
+            batch_size=batch_size, workers=workers,
+        )  # fmt: skip
     except KeyboardInterrupt as stop:
         raise stopped(stop) from None
     console.print(rich_table(_grid(found)))

@@ -33,6 +33,7 @@ from refold.training.inference import in_evaluation
 from refold.training.job import TrainResult, finish, summarize
 from refold.training.loop import solve
 from refold.training.problem import Problem
+from refold.training.progress import showing
 from refold.training.recipe import Recipe
 from refold.training.run import RunFolder
 
@@ -115,11 +116,12 @@ def train_dense(
         refold.save(model, folder.adapter_path)
     wanted: dict[str, MaskSet | BoxSet | None]
     wanted = {"val": parts.val, "test": parts.test if config.evaluate_test else None}
-    scored = {
-        split: score(model, part, preprocessing, accelerator, workers=config.workers)
-        for split, part in wanted.items()
-        if part is not None
-    }
+    with showing(progress):
+        scored = {
+            split: score(model, part, preprocessing, accelerator, workers=config.workers)
+            for split, part in wanted.items()
+            if part is not None
+        }
     shown = "test" if "test" in scored else "val"
     part = wanted[shown]
     if part is not None:

@@ -34,6 +34,7 @@ from refold.segmentation.loader import as_input
 from refold.training.build import Ready
 from refold.training.evaluation import refuse_others
 from refold.training.inference import start_accelerator
+from refold.training.progress import More, counting
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,11 +66,13 @@ def predict_dense(
     accelerator = start_accelerator()
     files = None if output is None or not accelerator.is_main_process else _Files(Path(output), paths, ready)
     model = ready.model.to(accelerator.device)
-    with torch.no_grad():
+    bar = counting("images", total=len(paths), main=accelerator.is_main_process)
+    with torch.no_grad(), bar as more:
         if ready.kind == "segment":
-            rows = _segment(ready, model, paths, files, accelerator.device, inference or Inference(), short_side)
+            rows = _segment(ready, model, paths, files, accelerator.device, inference or Inference(), short_side, more)
         else:
-            rows = _detect(ready, model, paths, files, accelerator.device, _SURE if threshold is None else threshold)
+            sure = _SURE if threshold is None else threshold
+            rows = _detect(ready, model, paths, files, accelerator.device, sure, more)
     accelerator.wait_for_everyone()
     return rows
 
@@ -82,6 +85,7 @@ def _segment(
     device: torch.device,
     inference: Inference,
     short_side: int | None,
+    more: More,
 ) -> list[dict[str, Any]]:
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -96,11 +100,18 @@ def _segment(
             prediction = files.write_mask(k, mask)
             files.write_overlay(k, image, mask)
         rows.append({"path": path, "prediction": prediction})
+        more()
     return rows
 
 
 def _detect(
-    ready: Ready, model: Any, paths: Sequence[str], files: _Files | None, device: torch.device, threshold: float
+    ready: Ready,
+    model: Any,
+    paths: Sequence[str],
+    files: _Files | None,
+    device: torch.device,
+    threshold: float,
+    more: More,
 ) -> list[dict[str, Any]]:
     classes = list(ready.classes or ())
     images = BoxSet.unlabelled(paths, classes)
@@ -115,6 +126,7 @@ def _detect(
         if files is not None:
             files.write_overlay(k, image, found, threshold)
         rows.append({"path": path, "prediction": results})
+        more()
     if files is not None:
         write_results((one for row in rows for one in row["prediction"]), files.root / "predictions.json")
     return rows

@@ -19,6 +19,7 @@ from refold.detection.models import Detector
 from refold.errors import DataError
 from refold.training.inference import autocast, in_evaluation
 from refold.training.problem import one_of, training_order
+from refold.training.progress import counting
 from refold.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -149,12 +150,14 @@ def detect(
     rows: list[dict[str, Any]] = []
     if len(share):
         loader = BoxLoader(box_set.subset(share), batch_size=1, workers=workers)
-        with in_evaluation(model), autocast(accelerator.device, precision):
+        bar = counting("images", total=len(box_set), main=accelerator.is_main_process)
+        with in_evaluation(model), autocast(accelerator.device, precision), bar as more:
             for k, (images, _) in zip(share, loader, strict=True):
                 with nullcontext() if around is None else around(k):
                     (found,) = model([image.to(accelerator.device) for image in images])
                 found = {name: value.float().cpu() for name, value in found.items()}
                 rows += to_results([{**found, "labels": found["labels"].long()}], [k], box_set)
+                more(world)
     return gather_object(rows) if world > 1 else rows
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import refold
 from refold.bench.environment import environment
@@ -25,6 +25,7 @@ from refold.store import read_header
 from refold.training.build import Ready, resolve
 from refold.training.evaluation import labelled
 from refold.training.inference import compute_logits, start_accelerator
+from refold.training.progress import counting, showing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,6 +114,7 @@ def examine(
     seed: int = 0,
     weights: str | Path | None = None,
     output: str | Path | None = None,
+    progress: bool | None = None,
 ) -> RobustnessResult:
     """Score adapters of one backbone on clean and corrupted images, each alone and together, in float32.
 
@@ -125,6 +127,7 @@ def examine(
         seed: of the noise.
         weights: local checkpoint of the backbone.
         output: JSON file to write; None writes nothing.
+        progress: bars on standard error; None shows them on a terminal.
 
     Raises:
         DataError: adapters of another kind, other classes or another backbone, or as :func:`refold.evaluate`.
@@ -140,12 +143,16 @@ def examine(
     accelerator = start_accelerator()
     ready.model.to(accelerator.device)
     look = _Look(ready, names, images, accelerator, batch_size, seed)
-    clean = look.probabilities(None, 0)
-    corrupted: dict[str, dict[str, list[float]]] = {name: {} for name in clean}
-    for corruption in chosen:
-        for severity in severities:
-            for name, scores in look.probabilities(corruption, severity).items():
-                corrupted[name].setdefault(corruption, []).append(_accuracy(scores, targets))
+    total = len(images) * (1 + len(chosen) * len(severities))
+    with showing(progress), counting("images", total=total, main=accelerator.is_main_process) as more:
+        clean = look.probabilities(None, 0)
+        more(len(images))
+        corrupted: dict[str, dict[str, list[float]]] = {name: {} for name in clean}
+        for corruption in chosen:
+            for severity in severities:
+                for name, scores in look.probabilities(corruption, severity).items():
+                    corrupted[name].setdefault(corruption, []).append(_accuracy(scores, targets))
+                more(len(images))
     rows = [
         Examined(
             name,
@@ -167,6 +174,21 @@ def examine(
     return result
 
 
+class _Members(nn.Module):
+    """A model whose outputs (N, M * K) are those of its M adapters side by side, for images are long to corrupt."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = []
+        for name in self.names:
+            refold.activate(self.model, name)
+            outputs.append(self.model(images).float())
+        return torch.cat(outputs, dim=1)
+
+
 @dataclass(frozen=True)
 class _Look:
     """All adapters on a set of images.
@@ -184,12 +206,10 @@ class _Look:
 
     def probabilities(self, corruption: str | None, severity: int) -> dict[str, Tensor]:
         """Shown name -> (N, K), the ensemble last where there are several."""
-        found = {}
-        for shown, name in self.names.items():
-            refold.activate(self.ready.model, name)
-            batches = self._batches(corruption, severity)
-            logits = compute_logits(self.ready.model, batches, len(self.images), self.accelerator)
-            found[shown] = logits.softmax(1)
+        members = _Members(self.ready.model, list(self.names.values()))
+        logits = compute_logits(members, self._batches(corruption, severity), len(self.images), self.accelerator)
+        parts = logits.unflatten(1, (len(self.names), -1)).softmax(2)
+        found = dict(zip(self.names, parts.unbind(1), strict=True))
         if len(found) > 1:
             found[_ENSEMBLE] = torch.stack(list(found.values())).mean(0)
         return found

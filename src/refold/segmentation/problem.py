@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from refold.segmentation.metrics import PixelConfusion
 from refold.segmentation.models import Segmenter
 from refold.training.inference import autocast, in_evaluation
 from refold.training.problem import one_of, training_order
+from refold.training.progress import counting
 from refold.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -120,9 +121,16 @@ def confusion_of(
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     pairs = evaluation_pairs(mask_set, preprocessing, short_side=short_side, rank=rank, world=world)
-    with in_evaluation(model), autocast(accelerator.device, precision):
+    bar = counting("images", total=len(mask_set), main=accelerator.is_main_process)
+    with in_evaluation(model), autocast(accelerator.device, precision), bar as more:
+
+        def counted() -> Iterator[tuple[Tensor, Tensor]]:
+            for pair in pairs:
+                yield pair
+                more(world)
+
         found = evaluate(
-            model, pairs, mask_set.classes, inference, accelerator.device,
+            model, counted(), mask_set.classes, inference, accelerator.device,
             around=None if around is None else lambda k: around(rank + k * world),
         )  # fmt: skip
     if world > 1:

@@ -15,6 +15,7 @@ from refold.preprocessing import Preprocessing
 from refold.training.build import Ready, resolve
 from refold.training.config import TrainConfig
 from refold.training.inference import compute_logits, evaluation_loader, start_accelerator
+from refold.training.progress import showing
 from refold.training.tasks import Task
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def evaluate(
     short_side: int | None = None,
     clips: int | None = None,
     crops: int | None = None,
+    progress: bool | None = None,
 ) -> Evaluation | Scored:
     """Score a trained model on a split of a data set, in float32.
 
@@ -101,6 +103,7 @@ def evaluate(
         short_side: of segmentation: pixels that an image's shorter side is resized to; None is that of the model's
             input, 0 leaves the image's own size. Predictions are compared at the size of the mask.
         clips, crops: of a video, as in :class:`TrainConfig`; None is what the run had.
+        progress: bars on standard error; None shows them on a terminal.
 
     Returns:
         of a dense task :class:`refold.dense.job.Scored`, which has ``metrics`` and ``details`` as well.
@@ -118,31 +121,34 @@ def evaluate(
         given = {"train": train, "val": val, "test": test, "target": target, "batch_size": batch_size}
         refuse_others(ready.kind, given | {"skip_bad_images": skip_bad_images or None})
         refuse_others(ready.kind, {"clips": clips, "crops": crops})
-        return evaluate_dense(ready, data, split, inference=inference, short_side=short_side, workers=workers)
+        with showing(progress):
+            return evaluate_dense(ready, data, split, inference=inference, short_side=short_side, workers=workers)
     refuse_others(ready.kind, {"inference": inference, "short_side": short_side})
     if ready.kind == "video":
         from refold.video.using import evaluate_videos
 
         refuse_others(ready.kind, {"target": target})
-        return evaluate_videos(
-            ready, data, split, train=train, val=val, test=test, skip_bad_images=skip_bad_images, clips=clips,
-            crops=crops, batch_size=batch_size, workers=workers,
-        )  # fmt: skip
+        with showing(progress):
+            return evaluate_videos(
+                ready, data, split, train=train, val=val, test=test, skip_bad_images=skip_bad_images, clips=clips,
+                crops=crops, batch_size=batch_size, workers=workers,
+            )  # fmt: skip
     refuse_others(ready.kind, {"clips": clips, "crops": crops})
     chosen, targets = labelled(
         ready, data, split, train=train, val=val, test=test, target=target, skip_bad_images=skip_bad_images
     )
     accelerator = start_accelerator()
-    return score(
-        ready.model.to(accelerator.device),
-        chosen,
-        targets,
-        ready.preprocessing,
-        ready.task,
-        accelerator=accelerator,
-        batch_size=batch_size or 64,
-        workers=workers,
-    )
+    with showing(progress):
+        return score(
+            ready.model.to(accelerator.device),
+            chosen,
+            targets,
+            ready.preprocessing,
+            ready.task,
+            accelerator=accelerator,
+            batch_size=batch_size or 64,
+            workers=workers,
+        )
 
 
 def labelled(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from refold.preprocessing import Preprocessing
+from refold.training.progress import counting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,7 +96,13 @@ def evaluation_loader(
 
 @torch.no_grad()
 def compute_logits(
-    model: nn.Module, loader: Batches, count: int, accelerator: Accelerator, *, precision: str = "fp32"
+    model: nn.Module,
+    loader: Batches,
+    count: int,
+    accelerator: Accelerator,
+    *,
+    precision: str = "fp32",
+    what: str = "images",
 ) -> Tensor:
     """Outputs for every image of a set in order, (``count``, K) float32 on the CPU, the same on every process.
 
@@ -107,12 +114,17 @@ def compute_logits(
         count: images of the whole set.
         accelerator: of :func:`start_accelerator`.
         precision: ``"fp32"`` or ``"bf16"``.
+        what: is counted, for :func:`refold.training.progress.counting`.
     """
     from refold.backbones import fixed_texts
 
     device, world = accelerator.device, accelerator.num_processes
-    with in_evaluation(model), fixed_texts(model), autocast(device, precision):
-        outputs = [model(images.to(device, non_blocking=True)).float() for images, _ in loader]
+    outputs: list[Tensor] = []
+    bar = counting(what, total=count, main=accelerator.is_main_process)
+    with in_evaluation(model), fixed_texts(model), autocast(device, precision), bar as more:
+        for images, _ in loader:
+            outputs.append(model(images.to(device, non_blocking=True)).float())
+            more(len(outputs[-1]) * world)
     if world == 1:
         return torch.cat(outputs).cpu()
     # Image i is row i // world of process i % world. Processes with fewer images pad one row, or, of sets

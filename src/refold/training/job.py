@@ -19,6 +19,7 @@ from refold.training.config import TrainConfig
 from refold.training.evaluation import Evaluation, load_splits, score
 from refold.training.inference import start_accelerator
 from refold.training.loop import Solved, fit
+from refold.training.progress import showing
 from refold.training.run import RunFolder
 from refold.training.sharding import read_launch
 from refold.training.tasks import make_task
@@ -160,20 +161,21 @@ def train(
     if folder.main:
         refold.save(model, folder.adapter_path)
     wanted = {"val": splits.val, "test": splits.test if config.evaluate_test else None}
-    evaluations = {
-        split: score(
-            model,
-            image_set,
-            image_set.targets,
-            preprocessing,
-            fitted.task,
-            accelerator=accelerator,
-            batch_size=config.batch_size,
-            workers=config.workers,
-        )
-        for split, image_set in wanted.items()
-        if image_set is not None
-    }
+    with showing(progress):
+        evaluations = {
+            split: score(
+                model,
+                image_set,
+                image_set.targets,
+                preprocessing,
+                fitted.task,
+                accelerator=accelerator,
+                batch_size=config.batch_size,
+                workers=config.workers,
+            )
+            for split, image_set in wanted.items()
+            if image_set is not None
+        }
     summary = summarize(
         config, splits, model, fitted, evaluations, folder, accelerator.device,
         task=splits.task, selected_by=config.select or fitted.task.select, skipped=splits.skipped,

@@ -11,6 +11,7 @@ from torch import nn
 from refold.training.build import resolve
 from refold.training.evaluation import prediction_rows, refuse_others
 from refold.training.inference import compute_logits, evaluation_loader, start_accelerator
+from refold.training.progress import showing
 
 if TYPE_CHECKING:
     from refold.segmentation import Inference
@@ -41,6 +42,7 @@ def predict(
     short_side: int | None = None,
     clips: int | None = None,
     crops: int | None = None,
+    progress: bool | None = None,
 ) -> Predictions:
     """What a trained model sees in images, in float32.
 
@@ -56,6 +58,7 @@ def predict(
             ``masks/`` or ``predictions.json``, and ``overlays/``.
         threshold: of detection: the lowest score of what is drawn on the overlays; None is 0.5.
         inference, short_side, clips, crops: of segmentation and videos, as for :func:`refold.training.evaluate`.
+        progress: bars on standard error; None shows them on a terminal.
 
     Returns:
         one dictionary an image, in the order given or sorted by path: ``path``; ``prediction``, a class name, a
@@ -76,12 +79,13 @@ def predict(
         from refold.video.using import predict_videos
 
         refuse_others(ready.kind, given)
-        return Predictions(
-            *predict_videos(
-                ready, images, skip_bad_images=skip_bad_images, clips=clips, crops=crops, batch_size=batch_size,
-                workers=workers,
-            )
-        )  # fmt: skip
+        with showing(progress):
+            return Predictions(
+                *predict_videos(
+                    ready, images, skip_bad_images=skip_bad_images, clips=clips, crops=crops, batch_size=batch_size,
+                    workers=workers,
+                )
+            )  # fmt: skip
     refuse_others(ready.kind, {"clips": clips, "crops": crops})
     # Each image is read once: nothing is gained by holding it.
     image_set, skipped = load_images(images, skip_bad_images=skip_bad_images, cache="stream")
@@ -89,14 +93,16 @@ def predict(
         from refold.dense.predicting import predict_dense
 
         refuse_others(ready.kind, {"batch_size": batch_size, "workers": workers or None})
-        rows = predict_dense(
-            ready, image_set.paths, output, threshold=threshold, inference=inference, short_side=short_side
-        )
+        with showing(progress):
+            rows = predict_dense(
+                ready, image_set.paths, output, threshold=threshold, inference=inference, short_side=short_side
+            )
         return Predictions(rows, skipped)
     refuse_others(ready.kind, given)
     accelerator = start_accelerator()
     loader = evaluation_loader(
         image_set, ready.preprocessing, accelerator, batch_size=batch_size or 64, workers=workers
     )
-    logits = compute_logits(ready.model.to(accelerator.device), loader, len(image_set), accelerator)
+    with showing(progress):
+        logits = compute_logits(ready.model.to(accelerator.device), loader, len(image_set), accelerator)
     return Predictions(prediction_rows(image_set.paths, ready.task.scores(logits), ready.task), skipped)

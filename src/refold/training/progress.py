@@ -1,16 +1,29 @@
-"""Progress on the terminal: bars with the time left, of a run and its epochs, or of anything that is counted."""
+"""Progress on the terminal: bars with the time left, of a run and its epochs, or of anything that is counted.
+
+A call that takes long says with :func:`showing` whether its user wants bars; the loops below it, which many calls
+share, are :func:`counting`. There is one bar at a time: what validates while a run's bars are shown has none.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Bars", "show_count", "show_progress"]
+__all__ = ["Bars", "More", "counting", "show_count", "show_progress", "showing"]
+
+_SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
+
+
+class More(Protocol):
+    """Tells a bar that so many more are done."""
+
+    def __call__(self, count: int = 1) -> None: ...
 
 
 class Bars:
@@ -67,13 +80,53 @@ def show_count(wanted: bool | None, what: str, *, total: int) -> Iterator[Callab
 
 
 @contextmanager
+def showing(wanted: bool | None) -> Iterator[None]:
+    """Whether loops inside show bars on standard error; None: where that is a terminal."""
+    token = _SHOWN.set(_decide(wanted))
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+@contextmanager
+def counting(what: str, *, total: int, main: bool = True) -> Iterator[More]:
+    """A bar if :func:`showing` is on and no bar is there yet, and the function that tells it how many more are done.
+
+    Args:
+        what: the bar's name.
+        total: how many there are.
+        main: whether this process is the one that shows bars.
+    """
+    done = 0
+    with show_count(main and _SHOWN.get(), what, total=total) as show:
+
+        def more(count: int = 1) -> None:
+            nonlocal done
+            done = min(done + count, total)  # the shares of several processes may differ by one
+            show(done)
+
+        yield more
+
+
+def _decide(wanted: bool | None) -> bool:
+    return sys.stderr.isatty() if wanted is None else wanted
+
+
+@contextmanager
 def _bars(wanted: bool | None) -> Iterator[Progress | None]:
-    if not (sys.stderr.isatty() if wanted is None else wanted):
+    if not _decide(wanted):
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
-        yield progress
+    bars = Progress(
+        *columns,
+        console=Console(stderr=True),
+        refresh_per_second=4,
+        speed_estimate_period=3600,  # seconds: a step of a large model, or a pass over a set, takes its time
+    )
+    with showing(False), bars:
+        yield bars

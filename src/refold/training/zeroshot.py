@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from refold.training.build import Ready, build_backbone, resolve
 from refold.training.evaluation import Evaluation, aligned, labelled, load_splits, read_split, score
 from refold.training.inference import start_accelerator
 from refold.training.metrics import lower_is_better
+from refold.training.progress import More, counting, showing
 
 if TYPE_CHECKING:
     from refold.data import Splits
@@ -45,6 +46,7 @@ def zeroshot(
     crop: str = "center",
     batch_size: int = 64,
     workers: int = 0,
+    progress: bool | None = None,
 ) -> Evaluation:
     """Score an image-text model on labelled images by its text embeddings of the class names, in float32.
 
@@ -55,6 +57,7 @@ def zeroshot(
         weights, pretrained, image_size: as for :func:`refold.backbones.load`.
         crop: ``"center"``, CLIP's own, or ``"squash"``, SigLIP's own and what training does unless told otherwise.
         batch_size: images of a forward pass.
+        progress: bars on standard error; None shows them on a terminal.
 
     Raises:
         DataError: no classes of which each image has one, no such split, or prompts that are none.
@@ -73,10 +76,11 @@ def zeroshot(
     )
     ready = Ready(loaded.model, replace(loaded.preprocessing, crop=crop), "classify", splits.classes)
     accelerator = start_accelerator()
-    return score(
-        ready.model.to(accelerator.device), images, images.targets, ready.preprocessing, ready.task,
-        accelerator=accelerator, batch_size=batch_size, workers=workers,
-    )  # fmt: skip
+    with showing(progress):
+        return score(
+            ready.model.to(accelerator.device), images, images.targets, ready.preprocessing, ready.task,
+            accelerator=accelerator, batch_size=batch_size, workers=workers,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def interpolate_run(
     force: bool = False,
     batch_size: int = 64,
     workers: int = 0,
-    on_step: Callable[[str, float], None] | None = None,
+    progress: bool | None = None,
 ) -> Interpolated:
     """WiSE-FT: the model between the zero-shot one that a run began with and the adapted one, see
     :func:`refold.interpolate`.
@@ -132,7 +136,7 @@ def interpolate_run(
             where it is not split.
         weights, force: as for :func:`refold.training.resolve`.
         batch_size, workers: of evaluation.
-        on_step: called before each evaluation with the name of the set and alpha.
+        progress: bars on standard error; None shows them on a terminal.
 
     Raises:
         DataError: the run's head was no zero-shot one, no validation split to choose by, or other classes.
@@ -166,24 +170,29 @@ def interpolate_run(
     accelerator = start_accelerator()
     model.to(accelerator.device)
 
-    def metrics(name: str, at: float) -> dict[str, float]:
-        if on_step is not None:
-            on_step(name, at)
+    def metrics(name: str, at: float, more: More) -> dict[str, float]:
         model.load_state_dict(interpolate(start, end, at))
         images, targets = sets[name]
-        return score(
+        found = score(
             model, images, targets, ready.preprocessing, ready.task,
             accelerator=accelerator, batch_size=batch_size, workers=workers,
-        ).metrics  # fmt: skip
+        )  # fmt: skip
+        more(len(images))
+        return found.metrics
 
-    select, validation = None, {}
-    if alpha is None:
-        select = ready.task.select
-        validation = {at: metrics("val", at) for at in alphas}
-        sign = -1 if lower_is_better(select) else 1
-        alpha = max(alphas, key=lambda at: (sign * validation[at][select], -validation[at]["loss"]))
-    shown = sorted({0.0, float(alpha), 1.0})
-    scored = {name: {at: metrics(name, at) for at in shown} for name in sets if name != "val"}
+    select, validation, main = None, {}, accelerator.is_main_process
+    with showing(progress):
+        if alpha is None:
+            select = ready.task.select
+            with counting("validation images", total=len(alphas) * len(sets["val"][0]), main=main) as more:
+                validation = {at: metrics("val", at, more) for at in alphas}
+            sign = -1 if lower_is_better(select) else 1
+            alpha = max(alphas, key=lambda at: (sign * validation[at][select], -validation[at]["loss"]))
+        shown = sorted({0.0, float(alpha), 1.0})
+        tests = [name for name in sets if name != "val"]
+        total = len(shown) * sum(len(sets[name][0]) for name in tests)
+        with counting("test images", total=total, main=main) as more:
+            scored = {name: {at: metrics(name, at, more) for at in shown} for name in tests}
     model.load_state_dict(interpolate(start, end, alpha))
     return Interpolated(model, ready.preprocessing, alpha, select, validation, scored)
 

@@ -12,6 +12,7 @@ from refold.training.evaluation import assess
 from refold.training.job import TrainResult, finish, summarize
 from refold.training.loop import solve
 from refold.training.problem import Problem
+from refold.training.progress import showing
 from refold.training.run import RunFolder
 from refold.training.tasks import make_task, plain_task
 from refold.video.building import build_attached
@@ -70,11 +71,13 @@ def train_video(
     wanted = {"val": parts.val, "test": parts.test if config.evaluate_test else None}
     evaluations = {}
     for split, part in wanted.items():
-        if part is not None:
+        if part is None:
+            continue
+        with showing(progress):
             logits = score_views(
                 model, part, preprocessing, views, accelerator, batch_size=config.batch_size, workers=config.workers
             )
-            evaluations[split] = assess(logits, part.paths, part.targets, plain)
+        evaluations[split] = assess(logits, part.paths, part.targets, plain)
     summary = summarize(
         config, parts, model, solved, evaluations, folder, accelerator.device,
         task="video", selected_by=config.select or plain.select, skipped=parts.skipped,

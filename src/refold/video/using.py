@@ -68,7 +68,8 @@ def score_views(
     """
     size = batch_size or _BATCH
     batches = view_batches(video_set, views, preprocessing, accelerator, batch_size=size, workers=workers)
-    return compute_logits(_Averaged(model, views.count, size), batches, len(video_set), accelerator)
+    averaged = _Averaged(model, views.count, size)
+    return compute_logits(averaged, batches, len(video_set), accelerator, what="videos")
 
 
 def load_parts(config: TrainConfig) -> VideoSplits:
