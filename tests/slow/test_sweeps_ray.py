@@ -16,11 +16,13 @@ from typing import Any
 import psutil
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import refold
 import sweep_runs
+from commands import run
 from refold.errors import DataError, RefoldError
-from refold.protocols import TASKS, run_vtab
+from refold.protocols import TASKS, Standing, run_vtab
 from refold.sweeps import RayEngine, SweepResult, predict_batches, run_sweep
 from refold.sweeps.cluster import ray_started
 from refold.training import predict, train
@@ -93,12 +95,32 @@ def test_trials_on_ray_are_those_of_the_sequential_engine(
     assert values(result) == values(one_after_the_other)
     assert [one.name for one in result.ranking] == [one.name for one in one_after_the_other.ranking]
     assert {row.status for row in result.rows} == {"finished"}
-    assert Counter(row.status for row in seen) == {"running": 4 * 4, "finished": 4}
+    assert Counter(row.status for row in seen) == {"waiting": 4, "running": 4 * 4, "finished": 4}
     assert not (tmp_path / "ray").exists()
     table = pyarrow.parquet.read_table(tmp_path / "results.parquet").to_pylist()
     assert {(row["setting lr"], row["setting scale"]): row["value"] for row in table} == {
         (row.trial.values["lr"], row.trial.values["scale"]): row.value for row in one_after_the_other.rows
     }
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["log", "terminal"])
+def test_the_command_shows_where_trials_stand(
+    terminal: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What writes to a terminal does not pickle, and Ray pickles what watches its trials."""
+    monkeypatch.setattr("refold.cli.board.console", Console(force_terminal=terminal, width=120))
+    done = run(
+        *("sweep", photos, "--model", "timm/test_vit", "--random-weights", "--image-size", "32", "--epochs", "2"),
+        *("--batch-size", "8", "--split", "24", "16", "0", "--grid", "lr=1e-4,1e-3", "--engine", "ray", "-o", "out"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    if terminal:
+        assert "Trials: 2 waiting" in done.stdout
+        assert "Trials: 2 finished" in done.stdout
+    else:
+        assert done.stdout.count("finished, epoch 2 of 2") == 2
+    assert (tmp_path / "out" / "best.sh").is_file()
 
 
 def test_a_killed_worker_goes_on_from_its_checkpoint(
@@ -205,7 +227,11 @@ def test_vtab_on_ray_is_the_sequential_one(tmp_path: Path) -> None:
     config = config.replace(fractions=(0.8, 0.2, 0.0))
     options: dict[str, Any] = {"tasks": names, "grid": {"lr": [1e-5, 1e-2]}, "seeds": [0, 1]}
     one = run_vtab(config, **options)
-    two = run_vtab(config.replace(output=str(tmp_path / "b")), engine=RayEngine(), **options)
+    seen: list[Standing] = []
+    two = run_vtab(config.replace(output=str(tmp_path / "b")), engine=RayEngine(), on_job=seen.append, **options)
+    told = Counter((one.status, one.epochs) for one in seen)
+    assert told == {("waiting", 0): 8, ("running", 1): 8, ("finished", 1): 8}
+    assert len({one.name for one in seen}) == 8
     assert [(row.point, row.candidates, row.accuracy) for row in two.rows] == [
         (row.point, row.candidates, row.accuracy) for row in one.rows
     ]
@@ -218,8 +244,10 @@ def test_vtab_on_ray_is_the_sequential_one(tmp_path: Path) -> None:
     assert len(list((tmp_path / "c").rglob("published-*.json"))) == 2 * 2 * 2
     assert published.published_protocol
     bad = config.replace(output=str(tmp_path / "d"), lr=1e30)
+    seen.clear()
     with pytest.raises(RefoldError, match=r"val-.*the loss is"):
-        run_vtab(bad, engine=RayEngine(), tasks=["kitti"], grid={"scale": [1.0, 2.0]})
+        run_vtab(bad, engine=RayEngine(), tasks=["kitti"], grid={"scale": [1.0, 2.0]}, on_job=seen.append)
+    assert Counter(one.status for one in seen) == {"waiting": 2, "failed": 2}
 
 
 # -- predictions ------------------------------------------------------------------------------------------------
@@ -261,9 +289,23 @@ def test_predictions_on_ray_are_those_of_one_process_and_bad_files_are_listed(
     assert_equal(read(tmp_path / "out"), expected)
     assert (found.rows, found.before) == (40, 0)
     assert [path for path, _ in found.skipped] == [str(images / "broken.png")]
-    assert "broken.png" in (tmp_path / "out" / "skipped.csv").read_text()
+    assert "broken.png" in (tmp_path / "out" / "_skipped.csv").read_text()
+    table = pyarrow.parquet.read_table(tmp_path / "out")
+    assert sorted(table["path"].to_pylist()) == sorted(row["path"] for row in expected)
     with pytest.raises(DataError, match=r"broken\.png: .*cannot be decoded"):
         predict_batches(trained, images, tmp_path / "strict", batch_size=8, workers=2)
+
+
+def test_the_command_writes_a_table_and_says_one_line(
+    trained: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    done = run("predict", trained, "--engine", "ray", "--input", photos, "--output", "seen.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["40 predictions, 0 of them from before: seen.parquet"]
+    shown = done.stderr + "".join(capfd.readouterr())
+    # Ray's core warns once a process of how Ray Data starts its own actors; nothing turns that off.
+    assert [line for line in shown.splitlines() if "core_worker.cc" not in line] == []
+    assert len(pyarrow.parquet.read_table(tmp_path / "seen.parquet")) == 40
 
 
 def test_a_killed_predictor_costs_no_row_and_doubles_none(trained: Path, photos: Path, tmp_path: Path) -> None:
@@ -305,13 +347,16 @@ def test_a_ray_of_its_own_is_started_and_ended_and_a_wrong_address_is_named() ->
     script = (
         "from refold.sweeps.cluster import ray_started\n"
         "import ray, pytest\n"
-        "from refold.errors import RefoldError\n"
+        "from refold.errors import DataError, RefoldError\n"
         "with ray_started(None) as resources:\n"
         "    assert resources['CPU'] >= 1\n"
         "    assert ray.is_initialized()\n"
         "assert not ray.is_initialized()\n"
         "with pytest.raises(RefoldError, match='Ray cannot be reached'):\n"
         "    with ray_started('127.0.0.1:1'):\n"
+        "        pass\n"
+        "with pytest.raises(DataError, match='is no address of a Ray cluster'):\n"
+        "    with ray_started('nonsense'):\n"
         "        pass\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)

@@ -270,7 +270,10 @@ def evaluate(
 
 def predict(
     adapter: Adapter,
-    images: Annotated[str, typer.Argument(help="An image or a video, or a folder of these.")],
+    images: Annotated[
+        str | None, typer.Argument(help="An image or a video, or a folder of these.", show_default=False)
+    ] = None,
+    inputs: Annotated[str | None, typer.Option("--input", help="The images, if they are not the argument.")] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -311,7 +314,7 @@ def predict(
     Example: refold predict runs/a new-photos/ --output predictions.csv
 
     With --engine ray whole images are predicted in many processes, and the same command goes on after a stop:
-    OUTPUT/part-*.parquet have the CSV's columns, OUTPUT/skipped.csv names what --skip-bad-images left out.
+    OUTPUT/part-*.parquet have the CSV's columns, OUTPUT/_skipped.csv names what --skip-bad-images left out.
 
     Example: refold predict runs/streets new-streets/ --output seen
 
@@ -325,6 +328,10 @@ def predict(
 
     if output is not None and not output.parent.is_dir():
         raise DataError("the folder does not exist", where=str(output.parent), remedy="Create it first")
+    if (images is None) == (inputs is None):
+        reason = "are named twice" if images is not None else "are not named"
+        raise DataError(reason, where="the images", remedy="Name them once: refold predict ADAPTER IMAGES")
+    images = cast(str, images or inputs)
     require_engine(engine, {"--address": address, "--workers": workers})
     inference = parse_inference(window, stride, scales, flip)
     if engine == "ray":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from refold.cli.board import board
 from refold.cli.console import console, is_main
 from refold.cli.finish import stopped
 from refold.cli.options import (
@@ -41,6 +43,8 @@ from refold.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from refold.protocols import Standing
+    from refold.protocols.vtab_run import TaskResult
     from refold.report import grids
     from refold.training import TrainConfig
 
@@ -133,6 +137,7 @@ def vtab(
     from refold.protocols import TASKS, find_tasks, parse_grid, run_vtab
     from refold.protocols import prepare as make_lists
     from refold.report.protocols import vtab_grid
+    from refold.report.sweeps import trainings_grid
     from refold.training import TrainConfig
 
     names = None if tasks is None else [name.strip() for name in tasks.split(",")]
@@ -168,24 +173,29 @@ def vtab(
         pretrained=pretrained,
         workers=workers,
     )
-    main = is_main()
+    main, many = is_main(), parse_engine(engine, address, cpus, gpus)
+
+    def on_task(row: TaskResult) -> None:
+        if main:
+            accuracy = f"{100 * row.accuracy.mean:.1f} %"
+            console.print(f"{TASKS[row.name].title}: {accuracy} ({row.point})", highlight=False)
+
+    def line(standing: Standing) -> str:
+        return f"{standing.name}: {standing.status}"
+
     try:
-        result = run_vtab(
-            config,
-            tasks=names,
-            grid=parse_grid(texts, [chosen])[0],
-            seeds=parse_numbers(seeds, "--seeds"),
-            published_protocol=published_protocol,
-            engine=parse_engine(engine, address, cpus, gpus),
-            progress=None,
-            on_task=lambda row: (
-                console.print(
-                    f"{TASKS[row.name].title}: {100 * row.accuracy.mean:.1f} % ({row.point})", highlight=False
-                )
-                if main
-                else None
-            ),
-        )
+        with nullcontext() if many is None else board(trainings_grid, line) as on_job:
+            result = run_vtab(
+                config,
+                tasks=names,
+                grid=parse_grid(texts, [chosen])[0],
+                seeds=parse_numbers(seeds, "--seeds"),
+                published_protocol=published_protocol,
+                engine=many,
+                progress=None,
+                on_task=on_task,
+                on_job=on_job,
+            )
     except KeyboardInterrupt as stop:
         raise stopped(stop) from None
     if main:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from refold.cli import adapt
+from refold.cli.board import board
 from refold.cli.console import console, error
 from refold.cli.finish import stopped
 from refold.cli.options import Address, Cpus, Engine, Gpus, parse_engine, parse_method, parse_numbers
@@ -81,7 +82,7 @@ def _sweep(
     gpus: Gpus = None,
     output: Output = Path("runs/sweep"),
 ) -> None:
-    from refold.report.sweeps import ranking_grid
+    from refold.report.sweeps import ranking_grid, trials_grid
     from refold.report.tables import markdown_table, rich_table
     from refold.sweeps import run_sweep
     from refold.sweeps.run import make_trials
@@ -92,7 +93,7 @@ def _sweep(
     for trial in make_trials(config, methods, grid or [], numbers, samples):
         command_line(_again(trial, output))  # complains now of what the command could not say
     try:
-        with _board() as tell:
+        with board(trials_grid, _line) as tell:
             result = run_sweep(
                 config, grid or [], methods=methods, search=search, samples=samples, seeds=numbers, grace=grace,
                 reduction=reduction, engine=parse_engine(engine, address, cpus, gpus), on_row=tell,
@@ -217,31 +218,8 @@ def _spoken(method: Any) -> str:
     return text.removesuffix("()")
 
 
-@contextmanager
-def _board() -> Iterator[Callable[[Row], None]]:
-    """What is told of trials: a live table on a terminal, elsewhere a line for each that does not run any more."""
-    from rich.live import Live
-
+def _line(row: Row) -> str:
     from refold.report.formats import metric
-    from refold.report.sweeps import trials_grid
-    from refold.report.tables import rich_table
 
-    if not console.is_terminal:
-
-        def say(row: Row) -> None:
-            if row.status != "running":
-                state = (
-                    f"{row.status}, epoch {row.epochs} of {row.trial.config.epochs}, {metric(row.metric, row.value)}"
-                )
-                console.print(f"{row.trial.candidate}, seed {row.trial.config.seed}: {state}", highlight=False)
-
-        yield say
-        return
-    rows: dict[str, Row] = {}
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
-
-        def show(row: Row) -> None:
-            rows[row.trial.name] = row
-            live.update(rich_table(trials_grid(list(rows.values()))))
-
-        yield show
+    state = f"{row.status}, epoch {row.epochs} of {row.planned}, {metric(row.metric, row.value)}"
+    return f"{row.trial.candidate}, seed {row.trial.config.seed}: {state}"

@@ -8,6 +8,7 @@ from refold.protocols.generalization import DomainResult, load_other, run_domain
 from refold.protocols.points import Point, parse_grid, points
 from refold.protocols.robustness import RobustnessResult, examine
 from refold.protocols.suite import SuiteResult, run_suite
+from refold.protocols.trial import Standing
 from refold.protocols.vtab import TASKS, VtabTask, find_tasks
 from refold.protocols.vtab_prepare import prepare
 from refold.protocols.vtab_run import VtabResult, run_vtab
@@ -20,6 +21,7 @@ __all__ = [
     "FewShotResult",
     "Point",
     "RobustnessResult",
+    "Standing",
     "SuiteResult",
     "VtabResult",
     "VtabTask",

@@ -26,6 +26,7 @@ from refold.training.config import FREE_SETTINGS, TrainConfig
 from refold.training.evaluation import score
 from refold.training.inference import compute_logits, evaluation_loader, start_accelerator
 from refold.training.loop import fit
+from refold.training.progress import showing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,6 +39,7 @@ __all__ = [
     "Job",
     "Other",
     "Repeated",
+    "Standing",
     "choose",
     "digest",
     "final_jobs",
@@ -88,16 +90,46 @@ class Job:
     path: Path
     others: Mapping[str, Other] | None = None
 
-    def make(self, progress: bool | None = False) -> dict[str, Any]:
+    def make(
+        self, progress: bool | None = False, on_epoch: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any]:
         """Its record, made or read."""
-        return trial(self.config, self.splits, self.path, others=self.others, progress=progress)
+        return trial(self.config, self.splits, self.path, others=self.others, progress=progress, on_epoch=on_epoch)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one of many trainings stands.
+
+    Attributes:
+        job: which.
+        status: ``"waiting"``, ``"running"``, ``"finished"`` or ``"failed"``.
+        epochs: finished.
+    """
+
+    job: Job
+    status: str
+    epochs: int = 0
+
+    @property
+    def name(self) -> str:
+        """The record's folder and file."""
+        return f"{self.job.path.parent.name}/{self.job.path.stem}"
+
+    @property
+    def planned(self) -> int:
+        """Epochs of the whole training."""
+        return self.job.config.epochs
 
 
 class Engine(Protocol):
     """What makes many records at once, such as :class:`refold.sweeps.RayEngine`."""
 
-    def records(self, jobs: Sequence[Job], folder: Path) -> None:
-        """Make those that are not there yet; files beside them go to ``folder``."""
+    def records(self, jobs: Sequence[Job], folder: Path, on_job: Callable[[Standing], None] | None = None) -> None:
+        """Make those that are not there yet; files beside them go to ``folder``.
+
+        ``on_job`` is called with each of them at the start, and whenever it stands elsewhere.
+        """
         ...
 
 
@@ -203,6 +235,7 @@ def trial(
     *,
     others: Mapping[str, Other] | None = None,
     progress: bool | None = False,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train on ``splits.train`` to the last epoch, and score what else is there.
 
@@ -213,6 +246,7 @@ def trial(
         path: of the record, a JSON file; read instead of training again where it is there.
         others: name -> a further test set, for classes alone.
         progress: bars on standard error; None shows them on a terminal.
+        on_epoch: as for :func:`refold.training.fit`.
 
     Returns:
         ``settings``; ``val``, a row for each validation; ``test``, metrics; ``others``, accuracy of each; ``seconds``.
@@ -241,7 +275,7 @@ def trial(
     model, preprocessing = build_attached(config, splits.task, splits.classes)
     fitted = fit(
         model, splits.train, splits.val, preprocessing, config, task=splits.task, classes=splits.classes,
-        progress=progress,
+        progress=progress, on_epoch=on_epoch,
     )  # fmt: skip
     record: dict[str, Any] = {
         "settings": settings,
@@ -252,17 +286,18 @@ def trial(
     }
     if splits.val is not None:
         record["val"] = [row for row in fitted.history if row["split"] == "val"]
-    if splits.test is not None:
-        assert splits.val is None, "the test set is for the last epoch"
-        result = score(
-            model, splits.test, splits.test.targets, preprocessing, fitted.task,
-            accelerator=accelerator, batch_size=config.batch_size, workers=config.workers,
-        )  # fmt: skip
-        record["test"] = result.metrics
-    if others:
-        record["others"] = {
-            name: _accuracy(model, other, preprocessing, config, accelerator) for name, other in others.items()
-        }
+    with showing(progress):
+        if splits.test is not None:
+            assert splits.val is None, "the test set is for the last epoch"
+            result = score(
+                model, splits.test, splits.test.targets, preprocessing, fitted.task,
+                accelerator=accelerator, batch_size=config.batch_size, workers=config.workers,
+            )  # fmt: skip
+            record["test"] = result.metrics
+        if others:
+            record["others"] = {
+                name: _accuracy(model, other, preprocessing, config, accelerator) for name, other in others.items()
+            }
     if accelerator.is_main_process:
         write_json(path, record)
     return record

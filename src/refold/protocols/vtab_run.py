@@ -26,6 +26,7 @@ from refold.protocols.trial import (
     Engine,
     Job,
     Repeated,
+    Standing,
     choose,
     final_jobs,
     finals,
@@ -128,6 +129,7 @@ def run_vtab(
     engine: Engine | None = None,
     progress: bool | None = False,
     on_task: Callable[[TaskResult], None] | None = None,
+    on_job: Callable[[Standing], None] | None = None,
 ) -> VtabResult:
     """Train and test a method on tasks of VTAB-1k; finished trainings are kept in ``config.output`` and not repeated.
 
@@ -140,6 +142,7 @@ def run_vtab(
         engine: trains many at once, over all tasks; None trains one after the other, here.
         progress: bars on standard error; None shows them on a terminal.
         on_task: called with each finished row.
+        on_job: called with where each training of the engine stands, at the start and whenever that changes.
 
     Raises:
         DataError: data that are not there, settings that do not go together, or an output folder of other settings.
@@ -159,7 +162,7 @@ def run_vtab(
     if engine is not None:
         waves = (_Task.published_jobs,) if published_protocol else (_Task.search_jobs, _Task.final_jobs)
         for wave in waves:
-            engine.records([job for run in runs.values() for job in wave(run)], Path(config.output))
+            engine.records([job for run in runs.values() for job in wave(run)], Path(config.output), on_job)
     rows = []
     for name, run in runs.items():
         rows.append((run.published if published_protocol else run.honest)(name))

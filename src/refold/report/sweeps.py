@@ -9,9 +9,10 @@ from refold.report.formats import duration, metric
 from refold.report.grids import Grid, metric_title
 
 if TYPE_CHECKING:
+    from refold.protocols import Standing
     from refold.sweeps import Row, SweepResult
 
-__all__ = ["ranking_grid", "trials_grid"]
+__all__ = ["ranking_grid", "trainings_grid", "trials_grid"]
 
 _ORDER = ("running", "finished", "stopped", "failed", "waiting")
 
@@ -38,18 +39,33 @@ def ranking_grid(result: SweepResult) -> Grid:
 
 def trials_grid(rows: Sequence[Row]) -> Grid:
     """Where trials stand, a row each: those that run first."""
-    states = ", ".join(
-        f"{number} {status}" for status in _ORDER if (number := sum(row.status == status for row in rows))
-    )
     cells = tuple(
         (
             row.trial.candidate,
             str(row.trial.config.seed),
             row.status,
-            f"{row.epochs}/{row.trial.config.epochs}",
+            f"{row.epochs}/{row.planned}",
             metric(row.metric, row.value),
         )
-        for row in sorted(rows, key=lambda row: _ORDER.index(row.status))
+        for row in sorted(rows, key=_place)
     )
     columns = ("candidate", "seed", "state", "epochs", metric_title(rows[0].metric) if rows else "")
-    return Grid(f"Trials: {states}", columns, cells, 3)
+    return Grid(f"Trials: {_states(rows)}", columns, cells, 3)
+
+
+def trainings_grid(rows: Sequence[Standing]) -> Grid:
+    """Where the trainings of a protocol stand, a row each: those that run first."""
+    cells = tuple(
+        (row.job.path.parent.name, row.job.path.stem, row.status, f"{row.epochs}/{row.planned}")
+        for row in sorted(rows, key=_place)
+    )
+    return Grid(f"Trainings: {_states(rows)}", ("task", "training", "state", "epochs"), cells, 3)
+
+
+def _place(row: Row | Standing) -> int:
+    return _ORDER.index(row.status)
+
+
+def _states(rows: Sequence[Row] | Sequence[Standing]) -> str:
+    counts = ((sum(row.status == status for row in rows), status) for status in _ORDER)
+    return ", ".join(f"{number} {status}" for number, status in counts if number)

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchPredictions", "predict_batches"]
 
+#: Readers of Parquet folders leave out what begins with an underscore.
+_MODEL, _SKIPPED = "_model.json", "_skipped.csv"
 _REMEDY = "Repair or remove it, or leave such files out with skip_bad_images=True (--skip-bad-images)"
 
 
@@ -81,8 +84,8 @@ def predict_batches(
         source: a run folder, an adapter file, or ``"hf-hub:user/repo"``.
         weights, force: as for :func:`refold.predict`.
         images: a file, a folder with all below it, or several of either, that all machines of a cluster see there.
-        output: folder to write, here.
-        skip_bad_images: leave out files that cannot be decoded, and list them in ``skipped.csv``, instead of stopping.
+        output: folder to write, here; ``pandas.read_parquet`` and others read it as one table.
+        skip_bad_images: leave out files that cannot be decoded, and list them in ``_skipped.csv``, instead of stopping.
         batch_size: images of a forward pass and of a file's rows; None is 64.
         workers: processes with the model; None is one for each GPU, or else one for two cores.
         address: of a Ray cluster; None is this machine.
@@ -150,6 +153,7 @@ def _stream(
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     gpus = int(resources.get("GPU", 0))
     pool = workers or gpus or max(1, int(resources.get("CPU", 1)) // 2)
     threads = max(1, int(resources.get("CPU", 1)) // pool)
@@ -239,7 +243,7 @@ class _Parts:
         model = {"model": _fingerprint(ready.model), "classes": ready.classes, "task": ready.kind}
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             try:
-                check_same(json.loads((folder / "model.json").read_text(encoding="utf-8")), model)
+                check_same(json.loads((folder / _MODEL).read_text(encoding="utf-8")), model)
             except (OSError, ValueError) as error:
                 raise DataError("the output folder is not empty", where=str(folder), remedy="Choose another") from error
             except DataError as error:
@@ -247,7 +251,7 @@ class _Parts:
                     "holds predictions of another model", where=str(folder), remedy="Choose another output folder"
                 ) from error
         else:
-            write_json(folder / "model.json", model)
+            write_json(folder / _MODEL, model)
         self.done: set[str] = set()
         for part in sorted(folder.glob("part-*.parquet")):
             self.done.update(pyarrow.parquet.read_table(part, columns=["path"])["path"].to_pylist())
@@ -271,7 +275,7 @@ class _Parts:
         if skipped:
             text = io.StringIO(newline="")
             csv.writer(text).writerows([("path", "reason"), *skipped])
-            write_atomically(self.folder / "skipped.csv", lambda file: file.write(text.getvalue().encode()))
+            write_atomically(self.folder / _SKIPPED, lambda file: file.write(text.getvalue().encode()))
 
 
 def _fingerprint(model: torch.nn.Module) -> str:

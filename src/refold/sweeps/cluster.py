@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
+_SECONDS = 10.0  # to answer
 
 
 def require_ray() -> Any:
@@ -50,7 +52,7 @@ def ray_started(address: str | None) -> Iterator[dict[str, float]]:
 
     Raises:
         MissingExtraError: ray is not installed.
-        DataError: an address of a Ray client, which would run Tune, and what watches it, on another machine.
+        DataError: no address, or one of a Ray client, which would run Tune, and what watches it, on another machine.
         RefoldError: there is no cluster at the address.
     """
     if address is not None and address.startswith("ray://"):
@@ -63,6 +65,7 @@ def ray_started(address: str | None) -> Iterator[dict[str, float]]:
         ray = require_ray()
         mine = not ray.is_initialized()
         if mine:
+            _require_answer(address)
             options = {} if address else {"include_dashboard": False}
             try:
                 ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -79,3 +82,21 @@ def ray_started(address: str | None) -> Iterator[dict[str, float]]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _require_answer(address: str | None) -> None:
+    """Complain of a host and port where nothing answers, on which Ray itself may spend twenty minutes.
+
+    Raises:
+        DataError: no host and port, where there should be.
+        RefoldError: nothing answers.
+    """
+    if address is None or address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise DataError("is no address of a Ray cluster", where=address, remedy="Give HOST:PORT, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise RefoldError(f"Ray cannot be reached ({error})", where=address) from error

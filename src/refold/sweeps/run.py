@@ -117,7 +117,7 @@ def run_sweep(
         grace: of ``"asha"``: epochs after which trials are first compared.
         reduction: of ``"asha"``: one trial in so many goes on.
         engine: Ray; None runs one trial after the other, here.
-        on_row: called with every trial whose state has changed.
+        on_row: called with every trial at the start, and whenever its state has changed.
 
     Raises:
         DataError: bad data, no validation split, a grid that cannot be read, settings that do not go together, or an
@@ -139,6 +139,8 @@ def run_sweep(
         RunFolder(trial.config.output).check(trial.config, resume=True)
     halving = (config.epochs, grace, reduction) if search == "asha" else None
     tell = on_row or (lambda row: None)
+    for row in [look(trial, metric) for trial in trials]:
+        tell(row if row.status == "finished" else replace(row, status="waiting"))
     try:
         if engine is None:
             failures = _in_turn(trials, metric, halving, tell)
@@ -243,7 +245,7 @@ def _on_ray(
     stopped: list[str] = json.loads(path.read_text()) if halving and path.is_file() else []
     rows = {trial.name: look(trial, metric) for trial in trials}
     decided = {name for name, row in rows.items() if row.status == "finished" or name in stopped}
-    for name in decided:
+    for name in decided.intersection(stopped):
         tell(rows[name])
     if len(decided) == len(trials):
         return {}

@@ -83,6 +83,16 @@ class Row:
     reason: str = ""
 
     @property
+    def name(self) -> str:
+        """The trial's."""
+        return self.trial.name
+
+    @property
+    def planned(self) -> int:
+        """Epochs of the whole run."""
+        return self.trial.config.epochs
+
+    @property
     def worth(self) -> tuple[float, float]:
         """The value such that more is better, and what decides between equal ones; nothing is worth the least."""
         if self.value is None:

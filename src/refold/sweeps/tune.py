@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from refold.errors import DataError, RefoldError
-from refold.protocols.trial import Job
+from refold.protocols.trial import Job, Standing
 from refold.sweeps.cluster import ray_started
 
 __all__ = ["RayEngine", "Report"]
@@ -87,14 +87,15 @@ class RayEngine:
                         where=f"{name}s".lower(),
                     )
 
+            reported, ended = _Here(on_report), _Here(on_end)
+
             class Watch(tune.Callback):
                 def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-                    if on_report is not None:
-                        on_report(trial.config["item"], result)
+                    reported(trial.config["item"], result)
 
                 def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-                    if on_end is not None and "refused" not in trial.last_result:
-                        on_end(trial.config["item"])
+                    if "refused" not in trial.last_result:
+                        ended(trial.config["item"])
 
             scheduler = None
             if halving is not None:
@@ -127,8 +128,11 @@ class RayEngine:
                 failures[item] = refused
         return failures
 
-    def records(self, jobs: Sequence[Job], folder: Path) -> None:
+    def records(self, jobs: Sequence[Job], folder: Path, on_job: Callable[[Standing], None] | None = None) -> None:
         """Make the records of a protocol's trainings that are not there yet.
+
+        Args:
+            jobs, folder, on_job: see :class:`refold.protocols.trial.Engine`.
 
         Raises:
             RefoldError: the first that failed, after all others were made.
@@ -136,9 +140,37 @@ class RayEngine:
         missing = [job for job in jobs if not job.path.is_file()]
         if not missing:
             return
-        failures = self.run(_make, missing, folder)
+        tell = on_job or (lambda standing: None)
+        for job in missing:
+            tell(Standing(job, "waiting"))
+
+        def on_report(item: int, report: dict[str, Any]) -> None:
+            if "epoch" in report:
+                tell(Standing(missing[item], "running", report["epoch"]))
+
+        def on_end(item: int) -> None:
+            tell(Standing(missing[item], "finished", missing[item].config.epochs))
+
+        failures = self.run(_make, missing, folder, on_report=on_report, on_end=on_end)
+        for item in failures:
+            tell(Standing(missing[item], "failed"))
         for item, reason in sorted(failures.items()):
             raise RefoldError(reason, where=str(missing[item].path))
+
+
+class _Here:
+    """Calls a function of this process. Ray pickles what watches a sweep, to restore it, which nothing here does; a
+    function that writes to a terminal does not pickle."""
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.function is not None:
+            self.function(*arguments)
+
+    def __reduce__(self) -> tuple[type[_Here], tuple[()]]:
+        return _Here, ()
 
 
 def _trainable(
@@ -156,7 +188,11 @@ def _trainable(
 
 
 def _make(job: Job, report: Report) -> None:
-    job.make()
+    def tell(record: dict[str, Any]) -> None:
+        if record["split"] == "train":
+            report({"epoch": record["epoch"]})
+
+    job.make(on_epoch=tell)
 
 
 def _last_line(error: Exception) -> str:
