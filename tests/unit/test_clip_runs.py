@@ -19,6 +19,7 @@ from image_text import registered, saved, write_photos
 from refold import DataError, MergeError, backbones
 from refold.backbones import Classifier, Prompts, TextClassifier
 from refold.data import Loader
+from refold.protocols import examine
 from refold.training import TrainConfig, TrainResult, evaluate, interpolate_run, train, zeroshot
 from refold.training.build import resolve
 from refold.training.evaluation import load_splits
@@ -113,6 +114,15 @@ def test_a_text_towers_run_moves_the_classes_embeddings(place: Path, text: Train
     assert float((now - start).detach().abs().max()) > 0.05
     towers = {name.partition(".")[0] for name in refold.trainable_parameters(text.model)}
     assert towers == {"backbone", "text"}
+
+
+def test_adapters_of_text_towers_that_take_turns_have_embeddings_of_their_own(place: Path, text: TrainResult) -> None:
+    train(_config(place, "slower", head="text", lr=1e-3, epochs=1))
+    sources = [text.output, place / "slower"]
+    together = examine(sources, corruptions=["contrast"], severities=[3]).rows[:2]
+    alone = [examine([source], corruptions=["contrast"], severities=[3]).rows[0] for source in sources]
+    assert together == alone
+    assert together[0].calibration_error != together[1].calibration_error
 
 
 def test_predictions_of_many_images_are_made_without_the_text_tower(text: TrainResult) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import refold
 from refold.bench.environment import environment
@@ -174,21 +174,6 @@ def examine(
     return result
 
 
-class _Members(nn.Module):
-    """A model whose outputs (N, M * K) are those of its M adapters side by side, for images are long to corrupt."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, images: Tensor) -> Tensor:
-        outputs = []
-        for name in self.names:
-            refold.activate(self.model, name)
-            outputs.append(self.model(images).float())
-        return torch.cat(outputs, dim=1)
-
-
 @dataclass(frozen=True)
 class _Look:
     """All adapters on a set of images.
@@ -206,10 +191,12 @@ class _Look:
 
     def probabilities(self, corruption: str | None, severity: int) -> dict[str, Tensor]:
         """Shown name -> (N, K), the ensemble last where there are several."""
-        members = _Members(self.ready.model, list(self.names.values()))
-        logits = compute_logits(members, self._batches(corruption, severity), len(self.images), self.accelerator)
-        parts = logits.unflatten(1, (len(self.names), -1)).softmax(2)
-        found = dict(zip(self.names, parts.unbind(1), strict=True))
+        found = {}
+        for shown, name in self.names.items():
+            refold.activate(self.ready.model, name)
+            batches = self._batches(corruption, severity)
+            logits = compute_logits(self.ready.model, batches, len(self.images), self.accelerator)
+            found[shown] = logits.softmax(1)
         if len(found) > 1:
             found[_ENSEMBLE] = torch.stack(list(found.values())).mean(0)
         return found
