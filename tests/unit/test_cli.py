@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from safetensors.torch import load_file
 
 import refold
@@ -106,6 +107,16 @@ def test_methods_lists_all_with_what_they_cost() -> None:
     assert shelf_row(done.stdout, "BitFit")[2:] == [
         *("102,912", "in place", "none", "language, classification", "arXiv 2106.10199")
     ]
+
+
+def test_methods_cuts_nothing_off_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refold.cli.shelf.console", Console(width=80))
+    done = run("methods", cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert all(shelf_row(done.stdout, name)[0] == name for name in refold.METHODS)
+    assert "2302.08106" in done.stdout
+    assert "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_a_launched_process_leaves_the_others_when_all_went_well() -> None:

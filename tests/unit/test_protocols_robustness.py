@@ -256,5 +256,6 @@ def test_the_command(place: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "ensemble" in done.stdout
+    assert any(line.split()[:2] == ["zoom", "blur"] for line in done.stdout.splitlines())
     assert "at least one" in done.stdout
     assert json.loads((tmp_path / "found.json").read_text())["rows"][0]["corrupted"].keys() == {"zoom_blur"}

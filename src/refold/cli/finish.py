@@ -21,7 +21,6 @@ from refold.inspection import description
 if TYPE_CHECKING:
     from refold.training import TrainResult
 
-_SHOWN = ("miou", "pixel_accuracy", "ap", "ap50", "box_ap")
 _MOST_CLASSES = 40  # of which the terminal shows a row each
 
 __all__ = ["measure_cost", "show_result", "stopped", "write_certificate"]
@@ -40,26 +39,12 @@ def show_result(result: TrainResult, method: refold.Method, folder: Path) -> Non
         write_certificate(backbone, folder)
     measure_cost(backbone, result.preprocessing, folder, batches=(1,), mergeable=method.mergeable)
     dense = result.summary["task"] in DENSE_TASKS
-    summary = _leading(result.summary) if dense else result.summary
-    console.print(tables.results_table({method.describe(): summary}))
-    if dense and 1 < len(summary.get("per_class", ())) <= _MOST_CLASSES:
-        console.print(tables.rich_table(per_class_grid(summary["per_class"])))
+    console.print(tables.results_table({method.describe(): result.summary}))
+    if dense and 1 < len(result.summary.get("per_class", ())) <= _MOST_CLASSES:
+        console.print(tables.rich_table(per_class_grid(result.summary["per_class"])))
     written = {"Report": write_report(folder), "Adapter": folder / "adapter.safetensors"}
     written |= {"Overlays": folder / "overlays.png", "Predictions": folder / "predictions.json"} if dense else {}
     console.print("\n".join(f"{name}: {path}" for name, path in written.items() if path.is_file()), highlight=False)
-
-
-def _leading(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a dense run with the metrics that have room side by side; the report has all."""
-    metrics = {
-        split: {name: values[name] for name in _SHOWN if name in values and not (name == "box_ap" and _twice(values))}
-        for split, values in summary["metrics"].items()
-    }
-    return {**summary, "metrics": metrics}
-
-
-def _twice(values: dict[str, float]) -> bool:
-    return "mask_ap" not in values  # then ``ap`` is that of the boxes
 
 
 def stopped(interrupt: KeyboardInterrupt) -> typer.Exit:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["methods", "models"]
 
+_WIDE = 120  # columns of a terminal that has room for all of a table
+
 
 def models(
     pattern: Annotated[str | None, typer.Argument(help="Only names that match, for example '*swin*'.")] = None,
@@ -60,14 +62,19 @@ def methods(
 def _table(shelf: Shelf | None) -> None:
     from refold.report import methods as texts
 
-    counted = ["parameters", "extra compute"] if shelf else []
-    table = Table("method", "what it does", *counted[:1], "merges", *counted[1:], "tasks", "paper")
+    wide = console.width >= _WIDE
+    counted = [Column("parameters", max_width=11), Column("extra compute", max_width=8)] if shelf else []
+    names, what = Column("method", no_wrap=True), Column("what it does", overflow="fold")
+    further = ["tasks", "paper"] if wide else []
+    table = Table(names, what, *counted[:1], Column("merges", min_width=12, max_width=12), *counted[1:], *further)
     table.title = "Methods with their defaults" + (", counted on ViT-B/16 beside the head" if shelf else "")
     for name, kind in METHODS.items():
         one = kind()
         cost = _cost(one, shelf)
         cells = [texts.parameters(cost), texts.extra(one, cost)] if shelf else []
-        table.add_row(name, kind.summary, *cells[:1], texts.merges(one), *cells[1:], kind.tasks, kind.paper)
+        summary = kind.summary if wide else f"{kind.summary} ({kind.tasks}; {kind.paper})"
+        rest = [kind.tasks, kind.paper] if wide else []
+        table.add_row(name, summary, *cells[:1], texts.merges(one), *cells[1:], *rest)
     console.print(table)
 
 

@@ -6,8 +6,9 @@ The records come as dictionaries because they are read back from ``summary.json`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from refold.report import formats
@@ -94,7 +95,7 @@ def metric_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def results_grid(summaries: Mapping[str, Mapping[str, Any]], *, title: str = "Results") -> Grid:
-    """Runs side by side, one row each: parameters, file size, metrics of each split, time and memory.
+    """Runs side by side, one column each: parameters, file size, metrics of each split, time and memory.
 
     Args:
         summaries: content of ``summary.json`` by the name of the run.
@@ -105,22 +106,20 @@ def results_grid(summaries: Mapping[str, Mapping[str, Any]], *, title: str = "Re
         for split, values in summary.get("metrics", {}).items():
             found.update(dict.fromkeys((split, name) for name in metric_names([values])))
     order = list(SPLITS)
-    columns = sorted(found, key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order))
-    rows = []
-    for name, summary in summaries.items():
-        metrics = summary.get("metrics", {})
-        rows.append(
-            (
-                name,
-                formats.count(summary.get("trainable_parameters")),
-                formats.size(summary.get("file_bytes")),
-                *(formats.metric(metric, metrics.get(split, {}).get(metric)) for split, metric in columns),
-                formats.duration(summary.get("seconds")),
-                formats.size(summary.get("peak_memory")),
-            )
-        )
-    heads = [f"{split} {metric_title(metric)}" for split, metric in columns]
-    return Grid(title, ("run", "trainable", "file", *heads, "training", "peak memory"), tuple(rows))
+    metrics = sorted(found, key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order))
+    rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("trainable parameters", lambda summary: formats.count(summary.get("trainable_parameters"))),
+        ("file", lambda summary: formats.size(summary.get("file_bytes"))),
+        *((f"{split} {metric_title(name)}", partial(_metric, split, name)) for split, name in metrics),
+        ("training", lambda summary: formats.duration(summary.get("seconds"))),
+        ("peak memory", lambda summary: formats.size(summary.get("peak_memory"))),
+    ]
+    cells = tuple((head, *(cell(summary) for summary in summaries.values())) for head, cell in rows)
+    return Grid(title, ("", *summaries), cells)
+
+
+def _metric(split: str, name: str, summary: Mapping[str, Any]) -> str:
+    return formats.metric(name, summary.get("metrics", {}).get(split, {}).get(name))
 
 
 def metrics_grid(metrics: Mapping[str, Mapping[str, Any]]) -> Grid:

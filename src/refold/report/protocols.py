@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from refold.protocols import DomainResult, FewShotResult, RobustnessResult, SuiteResult, VtabResult
-    from refold.protocols.robustness import Examined
 
 __all__ = [
     "domain_grid",
@@ -132,18 +132,19 @@ def suite_grid(result: SuiteResult) -> Grid:
 
 
 def robustness_grid(result: RobustnessResult) -> Grid:
-    """A row an adapter: clean accuracy, calibration error, and the mean over severities of each corruption."""
-    corruptions = list(result.rows[0].corrupted)
-
-    def cells(row: Examined) -> tuple[str, ...]:
-        means = [f"{100 * sum(values) / len(values):.1f}" for values in row.corrupted.values()]
-        overall = [_share(row.corrupted_mean)] if corruptions else []
-        return row.name, f"{100 * row.accuracy:.1f}", f"{100 * row.calibration_error:.1f}", *means, *overall
-
-    heads = ("adapter", "clean", "calibration error", *(name.replace("_", " ") for name in corruptions))
-    columns = (*heads, *(["mean of corruptions"] if corruptions else []))
+    """A column an adapter: clean accuracy, calibration error, and the mean over severities of each corruption."""
+    adapters, corruptions = result.rows, list(result.rows[0].corrupted)
+    rows = [
+        ("clean", *(f"{100 * one.accuracy:.1f}" for one in adapters)),
+        ("calibration error", *(f"{100 * one.calibration_error:.1f}" for one in adapters)),
+    ]
+    for name in corruptions:
+        means = (statistics.mean(one.corrupted[name]) for one in adapters)
+        rows.append((name.replace("_", " "), *(f"{100 * mean:.1f}" for mean in means)))
+    if corruptions:
+        rows.append(("mean of corruptions", *(_share(one.corrupted_mean) for one in adapters)))
     title = f"Accuracy % on {count(result.images)} images"
-    return Grid(title, columns, tuple(cells(row) for row in result.rows))
+    return Grid(title, ("", *(one.name for one in adapters)), tuple(rows))
 
 
 def pairs_grid(result: RobustnessResult) -> Grid:
