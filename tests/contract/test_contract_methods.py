@@ -214,11 +214,11 @@ def test_merges_exactly_and_comes_back(family, folding, dtype):
     assert_untouched_structure(model, plain)
     if dtype in EXACT:
         assert relative(model(x), unmerged) <= EXACT[dtype]
+    merged = model.state_dict()
     for name, value in expected_after_merge(twin, plain).items():
-        found = model.state_dict()[name]
         # One rounding to the tensor's own dtype, of which a unit in the last place is 2 eps at most.
         limit = torch.finfo(dtype).eps * np.abs(value) + 1e-12 * np.abs(value).max()
-        assert np.all(np.abs(found.double().numpy() - value) <= limit), name
+        assert np.all(np.abs(merged[name].double().numpy() - value) <= limit), name
 
     refold.unmerge(model)
     assert_same(model.state_dict(), adapted)
@@ -234,7 +234,8 @@ def expected_after_merge(twin: nn.Module, plain: nn.Module) -> dict[str, np.ndar
     """Every tensor of the merged model by the papers' formulas, from the unmerged twin's adapters."""
     record = state_of(twin).record()
     slots = hosted(twin)
-    values = {n: v for n, v in twin.state_dict().items() if n in plain.state_dict() and v.is_floating_point()}
+    names = plain.state_dict().keys()
+    values = {n: v for n, v in twin.state_dict().items() if n in names and v.is_floating_point()}
     expected = {name: value.double().numpy() for name, value in values.items()}
     for site in record.sites:
         adapter = slots[site.path]["default"]
