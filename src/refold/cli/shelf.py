@@ -61,6 +61,7 @@ def methods(
 
 def _table(shelf: Shelf | None) -> None:
     from refold.report import methods as texts
+    from refold.training.progress import show_count
 
     wide = console.width >= _WIDE
     counted = [Column("parameters", max_width=11), Column("extra compute", max_width=8)] if shelf else []
@@ -68,13 +69,15 @@ def _table(shelf: Shelf | None) -> None:
     further = ["tasks", "paper"] if wide else []
     table = Table(names, what, *counted[:1], Column("merges", min_width=12, max_width=12), *counted[1:], *further)
     table.title = "Methods with their defaults" + (", counted on ViT-B/16 beside the head" if shelf else "")
-    for name, kind in METHODS.items():
-        one = kind()
-        cost = _cost(one, shelf)
-        cells = [texts.parameters(cost), texts.extra(one, cost)] if shelf else []
-        summary = kind.summary if wide else f"{kind.summary} ({kind.tasks}; {kind.paper})"
-        rest = [kind.tasks, kind.paper] if wide else []
-        table.add_row(name, summary, *cells[:1], texts.merges(one), *cells[1:], *rest)
+    with show_count(None, "counting", total=len(METHODS)) as done:
+        for number, (name, kind) in enumerate(METHODS.items(), 1):
+            one = kind()
+            cost = _cost(one, shelf)
+            cells = [texts.parameters(cost), texts.extra(one, cost)] if shelf else []
+            summary = kind.summary if wide else f"{kind.summary} ({kind.tasks}; {kind.paper})"
+            rest = [kind.tasks, kind.paper] if wide else []
+            table.add_row(name, summary, *cells[:1], texts.merges(one), *cells[1:], *rest)
+            done(number)
     console.print(table)
 
 
